@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU ops of the depthwise family: tensors in, plans and tilings made, kernels run in parallel.
+#include "../common/stable.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "depthwise_args.h"
+
+namespace voxconv {
+namespace {
+
+// Staged planes and sums of one piece should fit a private L2 next to the weights.
+constexpr int64_t kWorkingSetBytes = 640 << 10;
+// Multiply-adds of a vector that are worth a thread.
+constexpr int64_t kGrainCells = 1 << 14;
+// Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
+// shape alone, because partial sums are added in the order of chunks.
+constexpr int64_t kChunkPlanes = 8, kTasks = 64;
+
+Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: break;
+  }
+  VOXCONV_CHECK(false, "voxconv: dtype must be float32, float64, bfloat16 or float16");
+  return Element::f32;
+}
+
+// Per-thread scratch, grown and kept: a fresh allocation costs a page fault for every 4 KiB.
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(4096, size));
+    VOXCONV_CHECK(memory != nullptr, "voxconv: no memory for ", size, " bytes of scratch");
+  }
+  return memory.get();
+}
+
+Strided strided(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2),          tensor.stride(3), tensor.stride(4)};
+}
+
+Conv3dShape make_shape(int64_t batch, int64_t channels, int64_t multiplier, const int64_t* in,
+                       const int64_t* kernel, const std::vector<int64_t>& stride,
+                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                       int64_t mode) {
+  VOXCONV_CHECK(stride.size() == 3 && padding.size() == 6 && dilation.size() == 3,
+                "voxconv: stride, padding and dilation take 3, 6 and 3 numbers");
+  VOXCONV_CHECK(mode >= kZeros && mode <= kCircular, "voxconv: unknown padding mode ", mode);
+  Conv3dShape shape{batch, channels, multiplier, {}, static_cast<int>(mode)};
+  for (int i = 0; i < 3; ++i) {
+    Axis& axis = shape.axis[i];
+    axis = {in[i],       0, kernel[i], stride[i], kernel[i] == 1 ? 1 : dilation[i],
+            padding[2 * i], padding[2 * i + 1]};
+    VOXCONV_CHECK(axis.in > 0 && axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 &&
+                      axis.before >= 0 && axis.after >= 0,
+                  "voxconv: size, kernel, stride and dilation must be positive");
+    axis.out = axis.output_size();
+    VOXCONV_CHECK(axis.out > 0, "voxconv: the output would be empty");
+    const int64_t most = mode == kReflect ? axis.in - 1 : axis.in;
+    VOXCONV_CHECK(mode == kZeros || mode == kReplicate || std::max(axis.before, axis.after) <= most,
+                  "voxconv: padding is larger than the axis allows");
+  }
+  return shape;
+}
+
+void check_same(const Tensor& a, const Tensor& b) {
+  VOXCONV_CHECK(a.scalar_type() == b.scalar_type(), "voxconv: mixed dtypes");
+  VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
+}
+
+LinksView view(const Links& links) {
+  return {links.begin.data(), links.list.data(), links.longest()};
+}
+
+RowView view(const RowPlan& row) {
+  return {row.left,
+          row.source_size,
+          row.staged(),
+          row.size,
+          row.keep,
+          row.kept,
+          row.classes.data(),
+          row.segments.data(),
+          row.margin.data(),
+          row.folds.data(),
+          static_cast<int64_t>(row.classes.size()),
+          static_cast<int64_t>(row.margin.size()),
+          static_cast<int64_t>(row.folds.size())};
+}
+
+// Most source planes that one destination plane reads.
+int64_t most_sources(const Links& links) {
+  int64_t most = 1;
+  std::vector<int32_t> sources;
+  for (size_t i = 0; i + 1 < links.begin.size(); ++i) {
+    sources.clear();
+    for (int32_t at = links.begin[i]; at < links.begin[i + 1]; ++at)
+      sources.push_back(links.list[at].source);
+    std::sort(sources.begin(), sources.end());
+    const auto distinct = std::unique(sources.begin(), sources.end()) - sources.begin();
+    most = std::max<int64_t>(most, distinct);
+  }
+  return most;
+}
+
+int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
+  int32_t low = INT32_MAX, high = -1;
+  for (int32_t at = h.begin[h0]; at < h.begin[h1]; ++at) {
+    low = std::min(low, h.list[at].source);
+    high = std::max(high, h.list[at].source);
+  }
+  return high < low ? 0 : high - low + 1;
+}
+
+// Cuts axis h into the fewest equal pieces whose staged planes and sums fit the working set.
+Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes) {
+  const auto rows = static_cast<int64_t>(h.begin.size()) - 1;
+  Tiling tiling{most_sources(d), 1, 0, 0};
+  for (;; ++tiling.tiles) {
+    tiling.tile_rows = (rows + tiling.tiles - 1) / tiling.tiles;
+    tiling.slot_rows = 1;
+    for (int64_t h0 = 0; h0 < rows; h0 += tiling.tile_rows)
+      tiling.slot_rows = std::max(
+          tiling.slot_rows, source_rows(h, h0, std::min(rows, h0 + tiling.tile_rows)));
+    const int64_t bytes = cell_bytes * (tiling.slots * tiling.slot_rows * row.staged() +
+                                        tiling.tile_rows * row.size);
+    // Short pieces stage the rows they share with their neighbours too often.
+    if (bytes <= kWorkingSetBytes || tiling.tile_rows <= 2 * h.longest()) break;
+  }
+  tiling.tiles = (rows + tiling.tile_rows - 1) / tiling.tile_rows;
+  return tiling;
+}
+
+LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
+  return {batch, channels, lanes, batch > 1 && is_channels_last_3d(tensor)};
+}
+
+// Runs one of the two directions: `target` = bias + source * weight.
+void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, const RowPlan& row,
+                   bool backwards, const Tensor& source, const Tensor& weight, const void* bias,
+                   Tensor& target) {
+  if (target.numel() == 0) return;
+  const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
+  CorrelateArgs a;
+  a.source = strided(source);
+  a.target = strided(target);
+  a.weight = weight.data_ptr();
+  a.bias = bias;
+  a.divide = backwards ? 1 : shape.multiplier;
+  a.gather = backwards ? shape.multiplier : 1;
+  a.map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
+  for (int i = 0; i < 3; ++i) {
+    a.source_size[i] = backwards ? shape.axis[i].out : shape.axis[i].in;
+    a.target_size[i] = backwards ? shape.axis[i].in : shape.axis[i].out;
+    a.kernel[i] = shape.axis[i].kernel;
+  }
+  a.d = view(d);
+  a.h = view(h);
+  a.w = view(row);
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes);
+  const size_t bytes = kernels.correlate_scratch(a);
+  const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
+  parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
+    kernels.correlate(a, begin, end, scratch(bytes));
+  });
+}
+
+Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                         const std::vector<int64_t>& dilation, int64_t mode) {
+  VOXCONV_CHECK(x.dim() == 5 && weight.dim() == 5, "voxconv: x and weight must be 5-D");
+  const int64_t channels = x.size(1), filters = weight.size(0);
+  VOXCONV_CHECK(weight.size(1) == 1 && channels > 0 && filters % channels == 0,
+                "voxconv: weight must be [channels * multiplier, 1, kd, kh, kw]");
+  check_same(x, weight);
+  const int64_t in[] = {x.size(2), x.size(3), x.size(4)};
+  const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
+  const Conv3dShape shape = make_shape(x.size(0), channels, filters / channels, in, kernel, stride,
+                                       padding, dilation, mode);
+  const Axis* axis = shape.axis;
+  Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
+  const Tensor w = contiguous(weight);
+  std::optional<Tensor> b;
+  if (bias) {
+    VOXCONV_CHECK(bias->dim() == 1 && bias->size(0) == filters, "voxconv: bias must be [", filters,
+                  "]");
+    check_same(x, *bias);
+    b = contiguous(*bias);
+  }
+  run_correlate(shape, forward_links(axis[0], shape.mode), forward_links(axis[1], shape.mode),
+                forward_row(axis[2], shape.mode), false, x, w, b ? b->data_ptr() : nullptr, y);
+  return y;
+}
+
+Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
+                            const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+                            const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t mode) {
+  VOXCONV_CHECK(grad.dim() == 5 && weight.dim() == 5 && size.size() == 4,
+                "voxconv: grad and weight must be 5-D and size take 4 numbers");
+  const int64_t filters = grad.size(1), channels = size[0];
+  VOXCONV_CHECK(weight.size(1) == 1 && weight.size(0) == filters && channels > 0 &&
+                    filters % channels == 0,
+                "voxconv: weight must be [channels of grad, 1, kd, kh, kw]");
+  check_same(grad, weight);
+  const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
+  const Conv3dShape shape = make_shape(grad.size(0), channels, filters / channels, size.data() + 1,
+                                       kernel, stride, padding, dilation, mode);
+  const Axis* axis = shape.axis;
+  VOXCONV_CHECK(grad.size(2) == axis[0].out && grad.size(3) == axis[1].out &&
+                    grad.size(4) == axis[2].out,
+                "voxconv: grad does not have the size of the output");
+  Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[1], size[2], size[3]});
+  const Links d = repeat_links(grad_input_links(axis[0], shape.mode), shape.multiplier,
+                               axis[0].out, axis[0].kernel);
+  run_correlate(shape, d, grad_input_links(axis[1], shape.mode),
+                grad_input_row(axis[2], shape.mode), true, grad, contiguous(weight), nullptr, x);
+  return x;
+}
+
+// weight[c] = sum over batch and chunks, in that order, of the partial sums of c's lane.
+template <typename T, typename E>
+void sum_partials(const GradWeightArgs& a, const T* partial, E* weight) {
+  const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2], lanes = a.map.lanes;
+  const int64_t terms = a.map.batch * a.chunks;
+  parallel_for(a.map.channels, kGrainCells / (taps * terms), [&](int64_t begin, int64_t end) {
+    std::vector<T> sums(taps);
+    for (int64_t c = begin; c < end; ++c) {
+      std::fill(sums.begin(), sums.end(), T(0));
+      for (int64_t n = 0; n < a.map.batch; ++n) {
+        const int64_t flat = a.map.split_batch
+                                 ? (n * a.map.blocks_per_item() + c / lanes) * lanes + c % lanes
+                                 : n * a.map.channels + c;
+        for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+          const T* from = partial + (flat / lanes * a.chunks + chunk) * taps * lanes + flat % lanes;
+          for (int64_t tap = 0; tap < taps; ++tap) sums[tap] += from[tap * lanes];
+        }
+      }
+      for (int64_t tap = 0; tap < taps; ++tap) weight[c * taps + tap] = static_cast<E>(sums[tap]);
+    }
+  });
+}
+
+Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
+                             const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                             const std::vector<int64_t>& padding,
+                             const std::vector<int64_t>& dilation, int64_t mode) {
+  VOXCONV_CHECK(grad.dim() == 5 && x.dim() == 5 && kernel.size() == 3,
+                "voxconv: grad and x must be 5-D and kernel take 3 numbers");
+  const int64_t channels = x.size(1), filters = grad.size(1);
+  VOXCONV_CHECK(channels > 0 && filters % channels == 0 && grad.size(0) == x.size(0),
+                "voxconv: grad must be [batch, channels * multiplier, d, h, w]");
+  check_same(grad, x);
+  const int64_t in[] = {x.size(2), x.size(3), x.size(4)};
+  const Conv3dShape shape = make_shape(x.size(0), channels, filters / channels, in, kernel.data(),
+                                       stride, padding, dilation, mode);
+  const Axis* axis = shape.axis;
+  for (int i = 0; i < 3; ++i)
+    VOXCONV_CHECK(grad.size(2 + i) == axis[i].out, "voxconv: grad does not have the size of the output");
+  Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
+  if (shape.batch == 0) return torch::stable::zero_(weight);
+  const DepthwiseKernels& kernels = depthwise_kernels(element_of(x));
+  const Links d = forward_links(axis[0], shape.mode), h = forward_links(axis[1], shape.mode);
+  const RowPlan row = forward_row(axis[2], shape.mode);
+  GradWeightArgs a;
+  a.grad = strided(grad);
+  a.x = strided(x);
+  a.divide = shape.multiplier;
+  a.map = make_lanes(x, shape.batch, filters, kernels.lanes);
+  for (int i = 0; i < 3; ++i) {
+    a.x_size[i] = axis[i].in;
+    a.grad_size[i] = axis[i].out;
+    a.kernel[i] = axis[i].kernel;
+  }
+  a.d = view(d);
+  a.h = view(h);
+  a.w = view(row);
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes);
+  const int64_t most = std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes,
+                                                     kTasks / a.map.blocks()));
+  a.chunk_planes = (axis[0].out + most - 1) / most;
+  a.chunks = (axis[0].out + a.chunk_planes - 1) / a.chunk_planes;
+  const size_t bytes = kernels.grad_weight_scratch(a);
+  std::unique_ptr<void, decltype(&std::free)> partial(
+      std::aligned_alloc(64, static_cast<size_t>(a.tasks() * shape.taps() * kernels.cell_bytes + 63) /
+                                 64 * 64),
+      std::free);
+  VOXCONV_CHECK(partial != nullptr, "voxconv: no memory for partial sums");
+  a.partial = partial.get();
+  parallel_for(a.tasks(), 1, [&](int64_t begin, int64_t end) {
+    kernels.grad_weight(a, begin, end, scratch(bytes));
+  });
+  dispatch_floating(x.scalar_type(), "depthwise_grad_weight", [&](auto type) {
+    using E = typename decltype(type)::type;
+    using T = Accumulator<E>;
+    sum_partials(a, static_cast<const T*>(a.partial), static_cast<E*>(weight.mutable_data_ptr()));
+  });
+  return weight;
+}
+
+}  // namespace
+}  // namespace voxconv
+
+STABLE_TORCH_LIBRARY_IMPL(voxconv, CPU, m) {
+  m.impl("depthwise_forward", TORCH_BOX(&voxconv::depthwise_forward));
+  m.impl("depthwise_grad_input", TORCH_BOX(&voxconv::depthwise_grad_input));
+  m.impl("depthwise_grad_weight", TORCH_BOX(&voxconv::depthwise_grad_weight));
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the depthwise kernels: plain data, the same for every instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "depthwise_plan.h"
+
+namespace voxconv {
+
+// A 5-D tensor; strides in elements.
+struct Strided {
+  void* data;
+  int64_t n, c, d, h, w;
+};
+
+struct LinksView {
+  const int32_t* begin;
+  const Link* list;
+  int64_t longest;
+};
+
+struct RowView {
+  int64_t left, source_size, staged, size, keep, kept;
+  const WClass* classes;
+  const Segment* segments;
+  const Fold *margin, *folds;
+  int64_t class_count, margin_count, fold_count;
+};
+
+// Which (batch, channel) pairs share a vector. A block is one vector of them: kLanes consecutive
+// pairs, or, with `split_batch`, consecutive channels of one batch item (so that a channels-last
+// tensor is read by whole vectors).
+struct LaneMap {
+  int64_t batch, channels, lanes;
+  bool split_batch;
+
+  int64_t blocks_per_item() const { return (channels + lanes - 1) / lanes; }
+  int64_t blocks() const {
+    return split_batch ? batch * blocks_per_item() : (batch * channels + lanes - 1) / lanes;
+  }
+  int64_t live(int64_t block) const {
+    const int64_t left = split_batch ? channels - block % blocks_per_item() * lanes
+                                     : batch * channels - block * lanes;
+    return left < lanes ? left : lanes;
+  }
+  int64_t item(int64_t block, int64_t lane) const {
+    return split_batch ? block / blocks_per_item() : (block * lanes + lane) / channels;
+  }
+  int64_t channel(int64_t block, int64_t lane) const {
+    return split_batch ? block % blocks_per_item() * lanes + lane
+                       : (block * lanes + lane) % channels;
+  }
+};
+
+// How planes and rows are cut so that a thread's working set stays in its caches.
+struct Tiling {
+  int64_t slots;      // source planes held at a time
+  int64_t tiles;      // pieces of axis h
+  int64_t tile_rows;  // destination rows of a piece
+  int64_t slot_rows;  // source rows of a piece, at most
+};
+
+// target = bias + sum over taps of source * weight: forward, and grad_input read backwards.
+// Target channel c reads source channels c / divide * gather + j and weights c * gather + j for
+// j < gather; the links of d count planes j * source planes + plane.
+struct CorrelateArgs {
+  Strided source, target;
+  const void* weight;  // [channels * gather, kernel...], contiguous
+  const void* bias;    // [channels] or null
+  LaneMap map;
+  int64_t divide, gather;
+  int64_t source_size[3], target_size[3], kernel[3];
+  LinksView d, h;
+  RowView w;
+  Tiling tiling;
+  int64_t units() const { return map.blocks() * tiling.tiles * target_size[0]; }
+};
+
+// weight gradient: partial[task][tap][lane], task = block * chunks + chunk, summed by the caller in
+// that order. Channel c of grad meets channel c / divide of x. Links as in forward.
+struct GradWeightArgs {
+  Strided grad, x;
+  void* partial;
+  LaneMap map;
+  int64_t divide;
+  int64_t x_size[3], grad_size[3], kernel[3];
+  LinksView d, h;
+  RowView w;
+  Tiling tiling;
+  int64_t chunks, chunk_planes;
+  int64_t tasks() const { return map.blocks() * chunks; }
+};
+
+// The kernels of one instruction set for one element type.
+struct DepthwiseKernels {
+  int64_t lanes;       // channels in a vector
+  int64_t cell_bytes;  // bytes of a vector
+  size_t (*correlate_scratch)(const CorrelateArgs&);
+  void (*correlate)(const CorrelateArgs&, int64_t begin, int64_t end, void* scratch);
+  size_t (*grad_weight_scratch)(const GradWeightArgs&);
+  void (*grad_weight)(const GradWeightArgs&, int64_t begin, int64_t end, void* scratch);
+};
+
+enum class Element { f32, f64, bf16, f16 };
+
+// The kernels for this processor; VOXCONV_CPU_LEVEL = baseline | x86-64-v3 | x86-64-v4 lowers it.
+const DepthwiseKernels& depthwise_kernels(Element element);
+const char* cpu_level();
+
+}  // namespace voxconv

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a depthwise pass reads, as tables: padding, stride, dilation and the direction of the pass
+// (forward or grad_input) all end here, and the kernels see only links and segments.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "../common/conv3d.h"
+
+namespace voxconv {
+
+// Destination index i on axis d or h is the sum over its links of source[link.source] * w[link.tap].
+struct Link {
+  int32_t source, tap;
+};
+
+struct Links {
+  std::vector<int32_t> begin;  // links of i: list[begin[i]] .. list[begin[i + 1]]
+  std::vector<Link> list;
+
+  int64_t longest() const;
+};
+
+// Taps tap, tap + tap_step, ... (length of them) of an axis w. For the t-th destination of its
+// class, tap number i reads the staged row at offset + (t + i) * x_step: neighbours in t share
+// loads, whatever the stride and the dilation are.
+struct Segment {
+  int32_t offset, tap, tap_step, length;
+};
+
+// Destinations first, first + step, ... (count of them) along w, served by the same segments.
+struct WClass {
+  int32_t first, step, count, x_step, segment_begin, segment_end;
+};
+
+struct Fold {
+  int32_t from, to;
+};
+
+// Axis w of a pass. A staged row is `left` margin cells, the `source_size` cells of the source, then
+// `right` margin cells. Margins are zero, or copies of cells of the row (`margin`).
+// Destinations are computed on `size` positions, of which [keep, keep + kept) are stored after
+// `folds` have been added (grad_input of a padding mode that reads a cell more than once).
+struct RowPlan {
+  int32_t left = 0, right = 0, source_size = 0, size = 0, keep = 0, kept = 0;
+  std::vector<WClass> classes;
+  std::vector<Segment> segments;
+  std::vector<Fold> margin;
+  std::vector<Fold> folds;
+
+  int32_t staged() const { return left + source_size + right; }
+};
+
+Links forward_links(const Axis& axis, int mode);
+Links grad_input_links(const Axis& axis, int mode);
+RowPlan forward_row(const Axis& axis, int mode);
+RowPlan grad_input_row(const Axis& axis, int mode);
+
+// Repeats the links of axis d for each of m sources, source-major: the channel multiplier of
+// grad_input, where an input channel gathers from m output channels.
+Links repeat_links(const Links& links, int64_t m, int64_t sources, int64_t taps);
+
+// Kernel lengths a segment may have; longer runs of taps are cut into these.
+constexpr int kSegmentLengths[] = {7, 5, 3, 2, 1};
+
+}  // namespace voxconv

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Includes VOXCONV_TARGET_FILE once per instruction set, each time in a namespace of its own.
+// target_clones would be shorter, but GCC lowers vector types in inlined helpers before it clones.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VOXCONV_X86_TARGETS 1
+#include <immintrin.h>
+#else
+#define VOXCONV_X86_TARGETS 0
+#endif
+
+#include "half.h"
+
+namespace voxconv {
+
+#if VOXCONV_X86_TARGETS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace x86_64_v4 {
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#include VOXCONV_TARGET_FILE
+}  // namespace x86_64_v4
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace x86_64_v3 {
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#include VOXCONV_TARGET_FILE
+}  // namespace x86_64_v3
+#pragma GCC pop_options
+#endif
+
+namespace baseline {
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#include VOXCONV_TARGET_FILE
+}  // namespace baseline
+
+}  // namespace voxconv

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of kVectorBytes with GCC vector extensions. Included once per instruction set, inside that
+// set's namespace (foreach_target.h), so that everything here is compiled for that set.
+// Only own templates and plain data: a std:: template instantiated here could be merged by the
+// linker with the one of another instruction set.
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVecU16 __attribute__((vector_size(kVectorBytes / 2)));
+
+#define VOXCONV_INLINE inline __attribute__((always_inline))
+
+// Calls f(constant<0>), ... f(constant<N - 1>): loops whose index must be a constant expression.
+template <int I>
+struct Constant {
+  static constexpr int value = I;
+};
+template <int I, int N, class F>
+VOXCONV_INLINE constexpr void unroll_from(const F& f) {
+  if constexpr (I < N) {
+    f(Constant<I>{});
+    unroll_from<I + 1, N>(f);
+  }
+}
+template <int N, class F>
+VOXCONV_INLINE constexpr void unroll(const F& f) {
+  unroll_from<0, N>(f);
+}
+
+VOXCONV_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+VOXCONV_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+VOXCONV_INLINE Vec<float> load(const Bf16* p) {
+  HalfVecU16 half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, VecU32) << 16);
+}
+VOXCONV_INLINE Vec<float> load(const F16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
+  return v;
+#endif
+}
+
+VOXCONV_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+VOXCONV_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
+  const VecU32 bits = (VecU32)v;
+  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const VecU32 nan = (VecU32)((VecI32)(bits & 0x7fffffffu) > 0x7f800000);
+  const VecU32 quiet = (bits >> 16) | 0x40u;
+  const HalfVecU16 half = __builtin_convertvector((rounded & ~nan) | (quiet & nan), HalfVecU16);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+VOXCONV_INLINE void store(F16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+VOXCONV_INLINE float widen(float v) { return v; }
+VOXCONV_INLINE double widen(double v) { return v; }
+VOXCONV_INLINE float widen(Bf16 v) { return bfloat16_to_float(v.bits); }
+VOXCONV_INLINE float widen(F16 v) { return half_to_float(v.bits); }
+VOXCONV_INLINE void narrow(float* p, float v) { *p = v; }
+VOXCONV_INLINE void narrow(double* p, double v) { *p = v; }
+VOXCONV_INLINE void narrow(Bf16* p, float v) { p->bits = float_to_bfloat16(v); }
+VOXCONV_INLINE void narrow(F16* p, float v) { p->bits = float_to_half(v); }
+
+template <int S, int L, class I, class V>
+VOXCONV_INLINE void exchange(V& a, V& b) {
+  I low, high;
+  for (int l = 0; l < L; ++l) {
+    low[l] = (l & S) ? L + l - S : l;
+    high[l] = (l & S) ? L + l : l + S;
+  }
+  const V lower = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = lower;
+}
+
+template <class T>
+struct IndexOf {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct IndexOf<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+
+// rows[i][j] <-> rows[j][i] of a square of kLanes<T>, by log2(kLanes) rounds of block exchanges.
+template <class T>
+VOXCONV_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  using I = typename IndexOf<T>::type;
+  auto round = [&](auto s) {
+    constexpr int S = 1 << decltype(s)::value;
+    if constexpr (S < L)
+      unroll<L>([&](auto i) {
+        constexpr int at = decltype(i)::value;
+        if constexpr (!(at & S)) exchange<S, L, I>(rows[at], rows[at + S]);
+      });
+  };
+  unroll<4>(round);
+}
