@@ -211,21 +211,20 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
                             const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
                             const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t mode) {
-  VOXCONV_CHECK(grad.dim() == 5 && weight.dim() == 5 && size.size() == 4,
-                "voxconv: grad and weight must be 5-D and size take 4 numbers");
-  const int64_t filters = grad.size(1), channels = size[0];
-  VOXCONV_CHECK(weight.size(1) == 1 && weight.size(0) == filters && channels > 0 &&
-                    filters % channels == 0,
-                "voxconv: weight must be [channels of grad, 1, kd, kh, kw]");
+  VOXCONV_CHECK(grad.dim() == 5 && weight.dim() == 5 && size.size() == 3,
+                "voxconv: grad and weight must be 5-D and size take 3 numbers");
+  const int64_t channels = weight.size(0), multiplier = weight.size(1);
+  VOXCONV_CHECK(channels > 0 && multiplier > 0 && grad.size(1) == channels * multiplier,
+                "voxconv: weight must be [channels, multiplier, kd, kh, kw]");
   check_same(grad, weight);
   const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const Conv3dShape shape = make_shape(grad.size(0), channels, filters / channels, size.data() + 1,
-                                       kernel, stride, padding, dilation, mode);
+  const Conv3dShape shape = make_shape(grad.size(0), channels, multiplier, size.data(), kernel, stride,
+                                       padding, dilation, mode);
   const Axis* axis = shape.axis;
   VOXCONV_CHECK(grad.size(2) == axis[0].out && grad.size(3) == axis[1].out &&
                     grad.size(4) == axis[2].out,
                 "voxconv: grad does not have the size of the output");
-  Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[1], size[2], size[3]});
+  Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
   const Links d = repeat_links(grad_input_links(axis[0], shape.mode), shape.multiplier,
                                axis[0].out, axis[0].kernel);
   run_correlate(shape, d, grad_input_links(axis[1], shape.mode),
