@@ -130,7 +130,7 @@ int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
 // Cuts axis h into the fewest equal pieces whose staged planes and sums fit the working set.
 Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes) {
   const auto rows = static_cast<int64_t>(h.begin.size()) - 1;
-  Tiling tiling{most_sources(d), 1, 0, 0};
+  Tiling tiling{most_sources(d), 1, 0, 0, 0};
   for (;; ++tiling.tiles) {
     tiling.tile_rows = (rows + tiling.tiles - 1) / tiling.tiles;
     tiling.slot_rows = 1;
@@ -144,6 +144,16 @@ Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t c
   }
   tiling.tiles = (rows + tiling.tile_rows - 1) / tiling.tile_rows;
   return tiling;
+}
+
+// In channels-last the blocks of an item share cache lines and pages: they take turns over runs of
+// planes that fit a share of the last cache. Elsewhere a block runs through all planes.
+int64_t planes_of_run(const CorrelateArgs& a, const Tensor& source) {
+  constexpr int64_t kRunBytes = 4 << 20, kShortestRun = 4;
+  if (a.source.c != 1 || a.map.channels <= a.map.lanes) return a.target_size[0];
+  const int64_t plane_bytes = source.size(1) * source.size(3) * source.size(4) * source.element_size();
+  return std::clamp(kRunBytes / plane_bytes * a.target_size[0] / a.source_size[0], kShortestRun,
+                    std::max(kShortestRun, a.target_size[0]));
 }
 
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
@@ -173,6 +183,7 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.h = view(h);
   a.w = view(row);
   a.tiling = make_tiling(d, h, row, kernels.cell_bytes);
+  a.tiling.run = planes_of_run(a, source);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
@@ -246,7 +257,8 @@ void sum_partials(const GradWeightArgs& a, const T* partial, E* weight) {
                                  ? (n * a.map.blocks_per_item() + c / lanes) * lanes + c % lanes
                                  : n * a.map.channels + c;
         for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-          const T* from = partial + (flat / lanes * a.chunks + chunk) * taps * lanes + flat % lanes;
+          const T* from =
+              partial + (chunk * a.map.blocks() + flat / lanes) * taps * lanes + flat % lanes;
           for (int64_t tap = 0; tap < taps; ++tap) sums[tap] += from[tap * lanes];
         }
       }

@@ -53,12 +53,15 @@ struct LaneMap {
   }
 };
 
-// How planes and rows are cut so that a thread's working set stays in its caches.
+// How planes and rows are cut so that a thread's working set stays in its caches. Units of work, one
+// destination plane of a piece of a block each, run in the order item, run of planes, block, piece,
+// plane: blocks that read the same cache lines (channels-last) follow each other closely.
 struct Tiling {
   int64_t slots;      // source planes held at a time
   int64_t tiles;      // pieces of axis h
   int64_t tile_rows;  // destination rows of a piece
   int64_t slot_rows;  // source rows of a piece, at most
+  int64_t run;        // destination planes of a run
 };
 
 // target = bias + sum over taps of source * weight: forward, and grad_input read backwards.
@@ -74,11 +77,28 @@ struct CorrelateArgs {
   LinksView d, h;
   RowView w;
   Tiling tiling;
+
   int64_t units() const { return map.blocks() * tiling.tiles * target_size[0]; }
 };
 
-// weight gradient: partial[task][tap][lane], task = block * chunks + chunk, summed by the caller in
-// that order. Channel c of grad meets channel c / divide of x. Links as in forward.
+struct Unit {
+  int64_t block, piece, plane;
+};
+
+inline Unit unit_at(const CorrelateArgs& a, int64_t index) {
+  const int64_t blocks = a.map.split_batch ? a.map.blocks_per_item() : a.map.blocks();
+  const int64_t columns = blocks * a.tiling.tiles, planes = a.target_size[0];
+  const int64_t item = index / (columns * planes);
+  index %= columns * planes;
+  const int64_t first = index / (columns * a.tiling.run) * a.tiling.run;
+  const int64_t run = planes - first < a.tiling.run ? planes - first : a.tiling.run;
+  index -= first * columns;
+  return {item * blocks + index / run / a.tiling.tiles, index / run % a.tiling.tiles,
+          first + index % run};
+}
+
+// weight gradient: partial[task][tap][lane], task = chunk * blocks + block, summed by the caller
+// over batch and chunks. Channel c of grad meets channel c / divide of x. Links as in forward.
 struct GradWeightArgs {
   Strided grad, x;
   void* partial;

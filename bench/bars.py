@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speeds this project promises on the CPU, as a table, measured and judged in one run.
+
+    python bench/bars.py                    # everything, about a quarter of an hour
+    python bench/bars.py --only dilation    # the bars with this word in their name
+    python bench/bars.py --json             # results/<device>/bars.json and suite.json
+
+The exit status is 1 if a bar is missed. Kernel rows are timed one pass at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import _path  # noqa: F401
+import voxconv
+from cases import BY_NAME, CHANNELS_LAST, NCDHW, select
+from conditions import AUTO, Others, conditions, one_line, write_json
+from rivals import OURS, TORCH_LAYOUTS, Problem, make_call
+from roofline import summary
+from rows import Bench, Options, Row, geomean
+from run import LOSING, SUITE_MODES, SUITE_TAG, Table, add_common, suite
+from timing import interleaved
+
+PASSES = ("fwd", "grad_input", "grad_weight")
+DW5 = ("bar_dw5_48@48", "bar_dw5_64@32", "bar_dw5_96@24")
+DW7 = ("uxnet_dw7_48@48", "bar_dw7_64@32", "uxnet_dw7_96@24")
+DW3 = ("bar_dw3_48@48",)
+DW21 = ("bar_dw21_48@24",)
+STRIDE2 = ("bar_stride2_dw3_48@48", "bar_stride2_dw5_48@48", "bar_stride2_dw7_48@48")
+DILATED = {
+    "bar_dw3_48@48": ("bar_dilation2_dw3_48@48", "bar_dilation3_dw3_48@48"),
+    "bar_dw3_32@64": ("bar_dilation2_dw3_32@64", "bar_dilation3_dw3_32@64"),
+    "bar_dw5_48@48": ("bar_dilation2_dw5_48@48", "bar_dilation3_dw5_48@48"),
+    "uxnet_dw7_48@48": ("bar_dilation2_dw7_48@48", "bar_dilation3_dw7_48@48"),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One promise: every figure that ``metric`` finds for ``rows`` and ``modes`` keeps it."""
+
+    name: str
+    metric: str
+    threshold: float
+    rows: tuple[str, ...] = ()
+    modes: tuple[str, ...] = PASSES
+    rival: str = ""
+
+
+BARS = (
+    Bar("dw5, dw7 forward, share of roof", "roof", 0.80, DW5 + DW7, ("fwd",)),
+    Bar("dw5, dw7 grad_input, share of roof", "roof", 0.80, DW5 + DW7, ("grad_input",)),
+    Bar("dw5, dw7 grad_weight, share of roof", "roof", 0.65, DW5 + DW7, ("grad_weight",)),
+    Bar("dw3 forward, share of roof", "roof", 0.60, DW3, ("fwd",)),
+    Bar("dw3 grad_input, share of roof", "roof", 0.60, DW3, ("grad_input",)),
+    Bar("dw3 grad_weight, share of roof", "roof", 0.50, DW3, ("grad_weight",)),
+    Bar("channels_last_3d time over NCDHW", "layout", 1.2, DW5 + DW7 + DW3),
+    Bar("dilation 2, 3 time over dilation 1", "dilation", 1.3, tuple(DILATED)),
+    Bar("stride 2, share of roof", "roof", 0.40, STRIDE2),
+    Bar("bfloat16 time over float32", "bfloat16", 1.3, DW5 + DW7 + DW3),
+    Bar("float16 time over float32", "float16", 1.3, DW5 + DW7 + DW3),
+    Bar("dw21 forward, x better torch layout", "speedup", 5, DW21, ("fwd",), "best"),
+    Bar("dw21 backward, x better torch layout", "speedup", 15, DW21, ("bwd",), "best"),
+    Bar("suite forward, geomean x F.conv3d NCDHW", "suite", 10, (), ("fwd",), "conv3d"),
+    Bar("suite forward, geomean x better layout", "suite", 2.5, (), ("fwd",), "best"),
+    Bar("suite fwd+bwd, geomean x F.conv3d NCDHW", "suite", 25, (), ("full",), "conv3d"),
+    Bar("suite fwd+bwd, geomean x better layout", "suite", 8, (), ("full",), "best"),
+    Bar("suite, slowest row x better layout", "slowest", LOSING, (), SUITE_MODES, "best"),
+    Bar("call overhead over F.conv3d, us", "overhead", 20, (), ("fwd",)),
+)
+
+
+class Figure(NamedTuple):
+    """A measured number and what it belongs to; NaN if the row gave a wrong result."""
+
+    label: str
+    value: float
+
+
+class Lab:
+    """Measures what the metrics ask for; the suite only once."""
+
+    def __init__(self, options: Options) -> None:
+        self.bench = Bench(options, (torch.float32, torch.bfloat16, torch.float16))
+        self.suite_rows: list[Row] = []
+
+    def suite(self) -> list[Row]:
+        if not self.suite_rows:
+            table = Table(self.bench.options.rivals)
+            self.suite_rows = suite(self.bench, table, select(SUITE_TAG))
+            table.foot(self.suite_rows)
+        return self.suite_rows
+
+    def row(self, name: str, mode: str, rivals: tuple[str, ...]) -> Row:
+        case = BY_NAME[name]
+        return next(self.bench.rows(case, (mode,), torch.float32, NCDHW, rivals))
+
+    def times(self, mode: str, variants: Sequence[tuple[str, torch.dtype, str]]) -> list[float]:
+        """Our median on each (case, dtype, layout), timed side by side; NaN if any is wrong."""
+        calls = {}
+        for i, (name, dtype, layout) in enumerate(variants):
+            problem = Problem(BY_NAME[name], dtype)
+            if self.bench.failure(problem.case, dtype, layout):
+                return [math.nan] * len(variants)
+            calls[str(i)] = make_call(OURS, problem, mode, layout)
+        found = interleaved(calls, seconds=self.bench.options.seconds, memory=False)
+        return [timing.median_ms for timing in found.values()]
+
+
+def _roof(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    row = lab.row(name, mode, ())
+    ok = row["check"] == "ok"
+    share = row["roof_ms"] / row["times"][OURS.name]["median_ms"] if ok else math.nan
+    return [Figure(f"{name} {mode}", share)]
+
+
+def _speedup(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    row = lab.row(name, mode, lab.bench.options.rivals)
+    return [Figure(f"{name} {mode}", row["speedup"].get(bar.rival, math.nan))]
+
+
+def _layout(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    last, first = lab.times(mode, [(name, torch.float32, lay) for lay in (CHANNELS_LAST, NCDHW)])
+    return [Figure(f"{name} {mode}", last / first)]
+
+
+def _dtype(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    dtypes = (getattr(torch, bar.metric), torch.float32)
+    half, full = lab.times(mode, [(name, dtype, NCDHW) for dtype in dtypes])
+    return [Figure(f"{name} {mode}", half / full)]
+
+
+def _dilation(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    names = (name, *DILATED[name])
+    base, *others = lab.times(mode, [(n, torch.float32, NCDHW) for n in names])
+    return [Figure(f"{other} {mode}", t / base) for other, t in zip(names[1:], others, strict=True)]
+
+
+def _suite(lab: Lab, bar: Bar) -> list[Figure]:
+    (mode,) = bar.modes
+    mean, used, total = geomean(lab.suite(), mode, bar.rival)
+    right = all(row["check"] == "ok" for row in lab.suite())
+    return [Figure(f"{used} of {total} rows {mode}", mean if right else math.nan)]
+
+
+def _slowest(lab: Lab, bar: Bar) -> list[Figure]:
+    return [
+        Figure(f"{row['case']} {row['mode']}", row["speedup"].get(bar.rival, math.nan))
+        for row in lab.suite()
+        if any("median_ms" in row["times"][name] for name in TORCH_LAYOUTS)
+    ]
+
+
+def _overhead(lab: Lab, bar: Bar) -> list[Figure]:
+    x, weight, bias = (
+        torch.randn(shape, requires_grad=True) for shape in ((1, 8, 8, 8, 8), (8, 1, 3, 3, 3), (8,))
+    )
+    calls = {
+        "F.conv3d": lambda: F.conv3d(x, weight, bias, 1, 1, 1, 8),
+        "conv3d": lambda: voxconv.conv3d(x, weight, bias, 1, 1, 1, 8),
+        "depthwise_conv3d": lambda: voxconv.depthwise_conv3d(x, weight, bias, 1, 1, 1),
+    }
+    found = interleaved(calls, seconds=max(lab.bench.options.seconds, 0.3), memory=False)
+    base = found.pop("F.conv3d").median_ms
+    return [Figure(f"{name} 1x8x8^3", 1e3 * (t.median_ms - base)) for name, t in found.items()]
+
+
+PerRow = Callable[[Lab, Bar, str, str], list[Figure]]
+PER_ROW: dict[str, PerRow] = {
+    "roof": _roof,
+    "speedup": _speedup,
+    "layout": _layout,
+    "bfloat16": _dtype,
+    "float16": _dtype,
+    "dilation": _dilation,
+}
+WHOLE: dict[str, Callable[[Lab, Bar], list[Figure]]] = {
+    "suite": _suite,
+    "slowest": _slowest,
+    "overhead": _overhead,
+}
+AT_LEAST = ("roof", "speedup", "suite", "slowest")
+
+
+def judge(lab: Lab, bar: Bar) -> dict[str, Any]:
+    """Measures a bar: all its figures, the worst of them, and whether it holds."""
+    if bar.metric in WHOLE:
+        figures = WHOLE[bar.metric](lab, bar)
+    else:
+        measure = PER_ROW[bar.metric]
+        figures = [f for name in bar.rows for m in bar.modes for f in measure(lab, bar, name, m)]
+    at_least = bar.metric in AT_LEAST
+    wrong = [f for f in figures if math.isnan(f.value)]
+    pick = min if at_least else max
+    worst = wrong[0] if wrong else pick(figures, key=lambda f: f.value)
+    holds = not wrong and (
+        worst.value >= bar.threshold if at_least else worst.value <= bar.threshold
+    )
+    return {
+        "name": bar.name,
+        "metric": bar.metric,
+        "threshold": bar.threshold,
+        "at_least": at_least,
+        "measured": None if wrong else worst.value,
+        "worst": worst.label,
+        "holds": holds,
+        "figures": [{"label": f.label, "value": None if f in wrong else f.value} for f in figures],
+    }
+
+
+def line(verdict: dict[str, Any]) -> str:
+    measured = verdict["measured"]
+    return (
+        f"{'pass' if verdict['holds'] else 'MISS'}  {verdict['name']:42s}"
+        f" {'wrong' if measured is None else f'{measured:.3g}':>7s}"
+        f" {'>=' if verdict['at_least'] else '<='} {verdict['threshold']:.3g}"
+        f"   {verdict['worst']}"
+    )
+
+
+def announce(verdict: dict[str, Any], verbose: bool) -> None:
+    print(line(verdict), flush=True)
+    for figure in verdict["figures"] if verbose else []:
+        value = math.nan if figure["value"] is None else figure["value"]
+        print(f"      {value:8.3g}  {figure['label']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[""], help="words in the bars' names")
+    parser.add_argument("--verbose", action="store_true", help="print every figure")
+    add_common(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where, started = conditions(), time.monotonic()
+    lab = Lab(Options(args.seconds, args.cap))
+    verdicts = []
+    with Others() as others:
+        for bar in BARS:
+            if any(word in bar.name for word in args.only):
+                verdicts.append(judge(lab, bar))
+                announce(verdicts[-1], args.verbose)
+    where["others_cpu"] = others.share
+    print("\n" + "\n".join(map(line, verdicts)))
+    print(f"{sum(v['holds'] for v in verdicts)} of {len(verdicts)} bars hold")
+    print(f"{one_line(where)}; {time.monotonic() - started:.0f} s")
+    if args.json:
+        content = {"conditions": where, "roofs": summary(lab.bench.roofs)}
+        print(f"wrote {write_json(args.json, 'bars', 'cpu', content | {'bars': verdicts})}")
+        if lab.suite_rows:
+            path = AUTO if args.json == AUTO else args.json.with_stem(args.json.stem + "_suite")
+            written = write_json(path, "suite", "cpu", content | {"rows": lab.suite_rows})
+            print(f"wrote {written}")
+    if not all(v["holds"] for v in verdicts):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about a call that the values in its tensors do not change, checked and chosen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import _dispatch, _ops
+from ._dispatch import Choice, Problem
+from ._geometry import Geometry, Sextuple, Triple, resolve, resolve_transposed
+from .autograd import Plan
+
+_DTYPES = (*_dispatch.CPU_DTYPES, torch.complex64, torch.complex128)
+
+
+class Passes(NamedTuple):
+    """The choice for the result and for the two gradients."""
+
+    forward: Choice
+    grad_input: Choice
+    grad_weight: Choice
+
+
+class Call(NamedTuple):
+    """A checked call. `plan` is None when it goes through torch; `out_shape` has a batch axis."""
+
+    geometry: Geometry
+    plan: Plan | None
+    passes: Passes
+    groups: int
+    out_shape: tuple[int, ...]
+    output_padding: Triple
+
+
+def check(
+    transposed: bool,
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    bias_shape: torch.Size | None,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    devices: tuple[torch.device, torch.device, torch.device | None],
+    layouts: tuple[torch.layout, torch.layout],
+    stride: Triple,
+    padding: Sextuple | str,
+    dilation: Triple,
+    groups: int | None,
+    mode: int,
+    output_padding: Triple,
+    forced: str | None,
+) -> Call:
+    """Check parsed arguments against each other and choose what runs; `groups=None` is depthwise.
+
+    Raises:
+        ValueError, TypeError: with the sizes in the message.
+        NotImplementedError: the forced backend cannot run it.
+    """
+    _check_types(dtypes, devices, layouts)
+    _check_ranks(x_shape, weight_shape)
+    batch = x_shape[0] if len(x_shape) == 5 else 1
+    channels, d, h, w = x_shape[-4:]
+    size = (d, h, w)
+    out_channels, groups = _channels(transposed, channels, x_shape, weight_shape, groups)
+    if bias_shape is not None and tuple(bias_shape) != (out_channels,):
+        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias_shape)}")
+    kernel = (weight_shape[2], weight_shape[3], weight_shape[4])
+    if transposed:
+        geometry, out = resolve_transposed(size, kernel, stride, padding, output_padding, dilation)
+    else:
+        geometry = resolve(size, kernel, stride, padding, dilation, mode)
+        out = geometry.out_size(size)
+    out_shape = (batch, out_channels, *out)
+    problem = Problem(
+        op="forward",
+        device=devices[0].type,
+        dtype=dtypes[0],
+        x_shape=out_shape if transposed else (batch, channels, *size),
+        weight_shape=(out_channels, 1, *kernel),
+        geometry=geometry,
+        depthwise=groups == channels,
+        transposed=transposed,
+        missing=_ops.missing_reason(),
+    )
+    passes = [_dispatch.choose(problem._replace(op=op), forced) for op in _dispatch.PASSES]
+    plan = None
+    if all(choice.backend != "torch" for choice in passes):
+        plan = Plan(*(choice.kernel for choice in passes))
+    if transposed:  # its result is the input gradient of the geometry, and the reverse
+        passes[:2] = passes[1], passes[0]
+    return Call(geometry, plan, Passes(*passes), groups, out_shape, output_padding)
+
+
+def _check_types(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    devices: tuple[torch.device, torch.device, torch.device | None],
+    layouts: tuple[torch.layout, torch.layout],
+) -> None:
+    names = ("input", "weight", "bias")
+    if dtypes[0] not in _DTYPES:
+        raise TypeError(f"input must be floating point or complex, got {dtypes[0]}")
+    for name, dtype, device in zip(names, dtypes, devices, strict=True):
+        if dtype is not None and dtype != dtypes[0]:
+            raise TypeError(f"{name} has dtype {dtype}, the input {dtypes[0]}: they must agree")
+        if device is not None and device != devices[0]:
+            raise ValueError(f"{name} is on {device}, the input on {devices[0]}")
+    if layouts != (torch.strided, torch.strided):
+        raise TypeError(f"input and weight must be dense tensors, got {layouts[0]}, {layouts[1]}")
+
+
+def _check_ranks(x_shape: torch.Size, weight_shape: torch.Size) -> None:
+    if len(x_shape) not in (4, 5):
+        raise ValueError(
+            f"input must be [N, C, D, H, W] or [C, D, H, W], got shape {tuple(x_shape)}"
+        )
+    if len(weight_shape) != 5:
+        raise ValueError(f"weight must have 5 axes, got shape {tuple(weight_shape)}")
+
+
+def _channels(
+    transposed: bool,
+    channels: int,
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    groups: int | None,
+) -> tuple[int, int]:
+    """Check the channels; returns those of the output, and the groups."""
+    first, second = weight_shape[:2]
+    shapes = f"input {tuple(x_shape)}, weight {tuple(weight_shape)}"
+    if groups is None:
+        if channels < 1 or second != 1 or first < 1 or first % channels != 0:
+            raise ValueError(
+                "a depthwise convolution of C channels needs a weight [C*m, 1, kD, kH, kW], "
+                f"got {shapes}"
+            )
+        return first, channels
+    if groups < 1:
+        raise ValueError(f"groups must be positive, got {groups}")
+    if transposed:
+        if channels != first or first % groups != 0 or second < 1:
+            raise ValueError(
+                f"a transposed convolution of C channels in {groups} groups needs a weight "
+                f"[C, O/{groups}, kD, kH, kW] with C divisible by {groups}, got {shapes}"
+            )
+        out_channels = second * groups
+    else:
+        if channels != second * groups or first % groups != 0 or first < 1:
+            raise ValueError(
+                f"a convolution of C channels in {groups} groups needs a weight "
+                f"[O, C/{groups}, kD, kH, kW] with O divisible by {groups}, got {shapes}"
+            )
+        out_channels = first
+    return out_channels, groups

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend and kernel runs a pass, and why: a pure function of the problem."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from ._geometry import PADDING_MODES, Geometry
+
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+PASSES = ("forward", "grad_input", "grad_weight")
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# The FFT is taken when every axis of the kernel is at least this long.
+FFT_MIN_KERNEL = {"forward": 31, "grad_input": 31, "grad_weight": 31}
+
+
+class Problem(NamedTuple):
+    """One pass of one convolution: x [N,C,D,H,W], weight [C*m,1,kD,kH,kW].
+
+    Of a transposed one, these are of the convolution that it transposes, after its input has been
+    repeated for the multiplier. `missing` tells why there is no compiled part.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    x_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    geometry: Geometry
+    depthwise: bool
+    transposed: bool = False
+    missing: str | None = None
+
+
+class Choice(NamedTuple):
+    """Who runs a pass, and why."""
+
+    backend: str
+    kernel: str
+    reason: str
+
+
+class _Forced(threading.local):
+    backend: str | None = None
+
+
+_forced = _Forced()
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` asks for in this thread."""
+    return _forced.backend
+
+
+class use_backend:
+    """Context manager: run everything in this thread on one backend; None chooses again.
+
+    Args:
+        name: "cpu" (compiled kernels), "torch" (`torch.nn.functional`), "cuda", "triton" or None.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: from the calls inside, when the backend cannot run them.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS} or None, got {name!r}")
+        self.name = name
+        self._before: list[str | None] = []
+
+    def __enter__(self) -> use_backend:
+        self._before.append(_forced.backend)
+        _forced.backend = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _forced.backend = self._before.pop()
+
+
+def is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
+    """Whether a convolution is one for the depthwise kernels.
+
+    Several filters of a single channel are left to torch: there they are one matrix product.
+    """
+    return groups == channels and (channels > 1 or out_channels == 1)
+
+
+def choose(problem: Problem, forced: str | None = None) -> Choice:
+    """Choose who runs a pass.
+
+    Raises:
+        NotImplementedError: the forced backend cannot run it.
+    """
+    if forced in ("cuda", "triton"):
+        raise NotImplementedError(
+            f"backend {forced!r} has no depthwise kernels yet: use 'cpu' or 'torch'"
+        )
+    if forced == "torch":
+        return Choice("torch", "conv3d", "asked for by use_backend")
+    refusal = _cpu_refusal(problem)
+    if forced == "cpu" and refusal is not None:
+        raise NotImplementedError(f"backend 'cpu' cannot run this convolution: {refusal}")
+    if forced is None:
+        refusal = refusal or _better_by_torch(problem)
+    return _cpu_kernel(problem) if refusal is None else Choice("torch", "conv3d", refusal)
+
+
+def _cpu_refusal(problem: Problem) -> str | None:
+    """Why the compiled kernels cannot run a problem."""
+    if not problem.depthwise:
+        return "not depthwise: an output channel reads several input channels"
+    if problem.device != "cpu":
+        return f"the depthwise family has no kernels for device {problem.device!r} yet"
+    if problem.dtype not in CPU_DTYPES:
+        return f"no kernels for {problem.dtype}"
+    if problem.missing is not None:
+        return f"the compiled part is not in use: {problem.missing}"
+    return None
+
+
+def _better_by_torch(problem: Problem) -> str | None:
+    """Why the whole problem, all its passes, is better left to torch."""
+    channels, filters = problem.x_shape[1], problem.weight_shape[0]
+    if not is_depthwise(channels, filters, channels):
+        return f"{filters} filters of a single channel are one matrix product"
+    return None
+
+
+def _cpu_kernel(problem: Problem) -> Choice:
+    least = FFT_MIN_KERNEL[problem.op]
+    kernel = problem.geometry.kernel
+    if min(kernel) < least:
+        return Choice("cpu", "direct", f"compiled kernel: {kernel} has an axis below {least}")
+    if problem.geometry.mode:
+        mode = PADDING_MODES[problem.geometry.mode]
+        return Choice("cpu", "direct", f"compiled kernel: the FFT has no {mode} padding")
+    return Choice("cpu", "fft", f"every axis of {kernel} is at least {least}")

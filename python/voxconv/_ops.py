@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops: schemas, shape functions, and the compiled part that holds their CPU kernels.
+
+`torch.ops.voxconv.*` are raw: they have no gradients (`voxconv.autograd` gives them) and take
+canonical arguments only, 5-D tensors and the fields of a `Geometry`. With x [N, C, D, H, W],
+weight [C*m, 1, kD, kH, kW] and grad [N, C*m, oD, oH, oW]:
+
+    depthwise_forward      x, weight, bias [C*m]                 -> [N, C*m, oD, oH, oW]
+    depthwise_grad_input   grad, weight [C, m, kD, kH, kW], size -> [N, C, *size]
+    depthwise_grad_weight  grad, x, kernel                       -> [C*m, 1, *kernel]
+    channel_sum            grad                                  -> [C*m]
+
+Results follow the layout of the first tensor (channels_last_3d or contiguous). `..._fft` are the
+same passes through `torch.fft`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _fft
+from ._geometry import Geometry
+from ._layout import empty_in_layout_of
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int padding_mode"
+_FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor"
+_GRAD_INPUT = f"(Tensor grad, Tensor weight, SymInt[] size, {_GEOMETRY}) -> Tensor"
+_GRAD_WEIGHT = f"(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor"
+
+_COMPILED = ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight", "channel_sum")
+
+_library = torch.library.Library("voxconv", "FRAGMENT")
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    padding_mode: int,
+) -> Tensor:
+    geometry = Geometry(weight.shape[2:], stride, padding, dilation, padding_mode)  # type: ignore[arg-type]
+    size = geometry.out_size(x.shape[2:])  # type: ignore[arg-type]
+    return empty_in_layout_of(x, (x.shape[0], weight.shape[0], *size))
+
+
+def _fake_grad_input(
+    grad: Tensor, weight: Tensor, size: Sequence[int], *geometry: Sequence[int] | int
+) -> Tensor:
+    return empty_in_layout_of(grad, (grad.shape[0], weight.shape[0], *size))
+
+
+def _fake_grad_weight(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], *geometry: Sequence[int] | int
+) -> Tensor:
+    return x.new_empty((grad.shape[1], 1, *kernel))
+
+
+def _fake_channel_sum(grad: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[1],))
+
+
+def _define(
+    name: str,
+    arguments: str,
+    fake: Callable[..., Tensor],
+    implementation: Callable[..., Tensor] | None = None,
+) -> None:
+    _library.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
+    if implementation is not None:
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, implementation, key)
+    torch.library.register_fake(f"voxconv::{name}", fake, lib=_library)
+
+
+_define("depthwise_forward", _FORWARD, _fake_forward)
+_define("depthwise_grad_input", _GRAD_INPUT, _fake_grad_input)
+_define("depthwise_grad_weight", _GRAD_WEIGHT, _fake_grad_weight)
+_define("channel_sum", "(Tensor grad) -> Tensor", _fake_channel_sum)
+_define("depthwise_forward_fft", _FORWARD, _fake_forward, _fft.forward)
+_define("depthwise_grad_input_fft", _GRAD_INPUT, _fake_grad_input, _fft.grad_input)
+_define("depthwise_grad_weight_fft", _GRAD_WEIGHT, _fake_grad_weight, _fft.grad_weight)
+
+
+def _load() -> str | None:
+    """Load the compiled part; returns why there is none, or None if all its kernels are there."""
+    if os.environ.get("VOXCONV_DISABLE_COMPILED", "0") not in ("", "0"):
+        return "VOXCONV_DISABLE_COMPILED is set"
+    try:
+        importlib.import_module("voxconv._C")
+    except Exception as error:  # whatever is wrong with it, the package works without
+        reason = f"voxconv._C does not load: {error}"
+    else:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        missing = [name for name in _COMPILED if not has_kernel(f"voxconv::{name}", "CPU")]
+        if not missing:
+            return None
+        reason = f"voxconv._C has no CPU kernel for {', '.join(missing)}"
+    warnings.warn(f"voxconv runs through torch, slower: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+_missing = _load()
+
+
+def has_cpu() -> bool:
+    """Whether the compiled CPU kernels are loaded."""
+    return _missing is None
+
+
+def missing_reason() -> str | None:
+    """Why the compiled part is not in use; None when it is."""
+    return _missing

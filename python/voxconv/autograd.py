@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The passes as autograd functions.
+
+Forward, input gradient and weight gradient are bilinear and each one's gradients are the other two,
+so they are differentiable as often as one likes. All take canonical 5-D tensors, a `Geometry` (of
+the forward convolution) and a `Plan`, the kernel of each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _ops  # noqa: F401  (defines the ops)
+from ._geometry import Geometry, Triple
+
+
+class Plan(NamedTuple):
+    """The kernel, "direct" or "fft", of each pass."""
+
+    forward: str
+    grad_input: str
+    grad_weight: str
+
+
+_Op = Callable[..., Tensor]
+_FORWARD: dict[str, _Op] = {
+    "direct": torch.ops.voxconv.depthwise_forward.default,
+    "fft": torch.ops.voxconv.depthwise_forward_fft.default,
+}
+_GRAD_INPUT: dict[str, _Op] = {
+    "direct": torch.ops.voxconv.depthwise_grad_input.default,
+    "fft": torch.ops.voxconv.depthwise_grad_input_fft.default,
+}
+_GRAD_WEIGHT: dict[str, _Op] = {
+    "direct": torch.ops.voxconv.depthwise_grad_weight.default,
+    "fft": torch.ops.voxconv.depthwise_grad_weight_fft.default,
+}
+_CHANNEL_SUM: _Op = torch.ops.voxconv.channel_sum.default
+
+
+class DepthwiseForward(Function):
+    """x [N,C,D,H,W], weight [C*m,1,kD,kH,kW], bias [C*m] -> y [N,C*m,oD,oH,oW]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, plan: Plan
+    ) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.x_shape = x.shape
+        ctx.geometry = geometry
+        ctx.plan = plan
+        _, stride, padding, dilation, mode = geometry
+        run = _FORWARD[plan.forward]
+        return run(x, weight, bias, stride, padding, dilation, mode)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        geometry, plan = ctx.geometry, ctx.plan
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        _, channels, *size = ctx.x_shape
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            weight = _split(weight, channels)
+            grad_x = depthwise_grad_input(grad, weight, size, geometry, plan, None)
+        if need_weight:
+            grad_weight = depthwise_grad_weight(grad, x, geometry, plan)
+        if need_bias:
+            grad_bias = channel_sum(grad)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class DepthwiseGradInput(Function):
+    """The transposed convolution: grad [N,C*m,oD,oH,oW], weight [C,m,kD,kH,kW] -> [N,C,*size].
+
+    `bias` [C], if any, is added to the result.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        weight: Tensor,
+        size: Triple,
+        geometry: Geometry,
+        plan: Plan,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        need_grad, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(grad if need_weight else None, weight if need_grad else None)
+        ctx.multiplier = weight.shape[1]
+        ctx.geometry = geometry
+        ctx.plan = plan
+        _, stride, padding, dilation, mode = geometry
+        result = _GRAD_INPUT[plan.grad_input](grad, weight, size, stride, padding, dilation, mode)
+        return result if bias is None else result.add_(bias.view(-1, 1, 1, 1))
+
+    @staticmethod
+    def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
+        grad, weight = ctx.saved_tensors
+        geometry, plan = ctx.geometry, ctx.plan
+        needs = ctx.needs_input_grad
+        grad_grad = grad_weight = grad_bias = None
+        if needs[0]:
+            weight = weight.reshape(-1, 1, *geometry.kernel)
+            grad_grad = depthwise_forward(up, weight, None, geometry, plan)
+        if needs[1]:
+            grad_weight = depthwise_grad_weight(grad, up, geometry, plan)
+            grad_weight = _split(grad_weight, up.shape[1])
+        if len(needs) == 6 and needs[5]:
+            grad_bias = channel_sum(up)
+        return grad_grad, grad_weight, None, None, None, grad_bias
+
+
+class DepthwiseGradWeight(Function):
+    """The weight gradient: grad [N,C*m,oD,oH,oW], x [N,C,D,H,W] -> [C*m,1,kD,kH,kW]."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, geometry: Geometry, plan: Plan) -> Tensor:
+        need_grad, need_x = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(grad if need_x else None, x if need_grad else None)
+        ctx.x_shape = x.shape
+        ctx.geometry = geometry
+        ctx.plan = plan
+        run = _GRAD_WEIGHT[plan.grad_weight]
+        return run(grad, x, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x = ctx.saved_tensors
+        geometry, plan = ctx.geometry, ctx.plan
+        _, channels, *size = ctx.x_shape
+        grad_grad = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = depthwise_forward(x, up, None, geometry, plan)
+        if ctx.needs_input_grad[1]:
+            up = _split(up, channels)
+            grad_x = depthwise_grad_input(grad, up, size, geometry, plan, None)
+        return grad_grad, grad_x, None, None
+
+
+class ChannelSum(Function):
+    """The bias gradient: grad [N,C,D,H,W] -> [C]."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        ctx.shape = grad.shape
+        return _CHANNEL_SUM(grad)
+
+    @staticmethod
+    def backward(ctx: Any, up: Tensor) -> Tensor:
+        return up.view(-1, 1, 1, 1).expand(ctx.shape)
+
+
+def _split(weight: Tensor, channels: int) -> Tensor:
+    """View a weight [C*m,1,kD,kH,kW] as [C,m,kD,kH,kW]."""
+    if weight.shape[0] == channels:
+        return weight
+    return weight.reshape(channels, -1, *weight.shape[2:])
+
+
+depthwise_forward: _Op = DepthwiseForward.apply
+depthwise_grad_input: _Op = DepthwiseGradInput.apply
+depthwise_grad_weight: _Op = DepthwiseGradWeight.apply
+channel_sum: _Op = ChannelSum.apply

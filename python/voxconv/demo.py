@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on a real volume: a MedNeXt-like network before and after `voxconv.convert`.
+
+`python -m voxconv demo` loads an MRI scan, times a forward pass and a training step with torch's
+layers in both of torch's layouts and with voxconv's, compares outputs and gradients, and saves a
+picture. Nothing but the class of the depthwise layers differs between the runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._demo_network import MULTIPLE, build_network
+from .convert import ConvertReport, convert
+
+TOLERANCE = 1e-3
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+
+
+class DemoError(Exception):
+    """Something the user can mend; its text is one line."""
+
+
+def _need(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise DemoError(
+            f"the demo needs {name} ({error}); install it with: pip install 'voxconv[demo]'"
+        ) from None
+
+
+def load_volume(path: Path | None) -> Tensor:
+    """Read a scan as a float32 tensor [D, H, W], axes from inferior, posterior and left.
+
+    Args:
+        path: any 3-D or 4-D image that nibabel reads (of 4-D the first volume is taken); None
+            takes the brain scan that comes with nibabel.
+
+    Raises:
+        DemoError: no such file, not a volume, damaged, or without contrast.
+    """
+    nibabel = _need("nibabel")
+    if path is None:
+        path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
+        if not path.is_file():
+            raise DemoError("this nibabel came without its example scan; give one with --volume")
+    if not path.is_file():
+        raise DemoError(f"cannot read {path}: no such file")
+    try:
+        image = nibabel.load(path)
+        if not isinstance(image, nibabel.spatialimages.SpatialImage):
+            raise DemoError(f"cannot read {path}: not a volume but a {type(image).__name__}")
+        if len(image.shape) > 3:
+            image = image.slicer[(slice(None), slice(None), slice(None)) + (0,) * _extra(image)]
+        if len(image.shape) != 3 or 0 in image.shape:
+            raise DemoError(f"cannot read {path}: need a 3-D volume, its shape is {image.shape}")
+        array = nibabel.as_closest_canonical(image).get_fdata(dtype="float32")
+    except DemoError:
+        raise
+    except Exception as error:  # nibabel and zlib raise many kinds for a damaged file
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DemoError(f"cannot read {path}: {text}") from None
+    volume = torch.from_numpy(array.transpose(2, 1, 0).copy())
+    volume = torch.nan_to_num(volume, nan=0.0, posinf=0.0, neginf=0.0)
+    if volume.max() == volume.min():
+        raise DemoError(f"cannot read {path}: every voxel has the same value, {volume.max():g}")
+    return volume
+
+
+def _extra(image: Any) -> int:
+    return len(image.shape) - 3
+
+
+def prepare(volume: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cut out the head and normalise it.
+
+    Args:
+        volume: [D, H, W].
+        size: the most voxels along an axis.
+
+    Returns:
+        The network's input [1, 1, D, H, W] with zero mean and unit variance over the head, every
+        axis a multiple of 8 voxels, and a stand-in for labels, [1, D, H, W]: background, and the
+        darker and the brighter half of the head.
+    """
+    sample = volume.flatten()[:: max(1, volume.numel() // 1_000_000)]
+    low, high = torch.quantile(sample, torch.tensor([0.01, 0.99])).tolist()
+    inside = volume > low + 0.1 * (high - low)
+    if not inside.any():
+        inside = volume > volume.min()
+    for axis in range(3):
+        other = [a for a in range(3) if a != axis]
+        hits = torch.nonzero(inside.any(other[1]).any(other[0]))[:, 0]
+        first, last = int(hits[0]), int(hits[-1]) + 1
+        cut = max(0, last - first - size)
+        start, length = first + cut // 2, last - first - cut
+        volume, inside = volume.narrow(axis, start, length), inside.narrow(axis, start, length)
+    pads = [n for edge in reversed(volume.shape) for n in (0, -edge % MULTIPLE)]
+    volume = F.pad(volume, pads, value=float(volume.min()))
+    inside = F.pad(inside, pads)
+    head = volume[inside] if inside.any() else volume.flatten()
+    labels = inside.long() + (inside & (volume > head.median())).long()
+    scan = (volume - head.mean()) / head.std(correction=0).clamp_min(1e-6)
+    return scan.clamp(-5, 5)[None, None].contiguous(), labels[None]
+
+
+@dataclass
+class Run:
+    """What one variant of the network took and gave."""
+
+    name: str
+    output: Tensor = field(repr=False)
+    gradients: dict[str, Tensor] = field(repr=False)
+    loss: float
+    forward: float
+    step: float
+    memory: int | None
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(key)
+
+
+def peak_growth(work: Callable[[], Any]) -> int | None:
+    """Run `work` and return by how many bytes the resident memory of the process grew at its peak.
+
+    Counts everything, scratch space of libraries included. None where the system cannot tell
+    (only Linux lets a process reset its high-water mark).
+    """
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work freed must not hide the growth
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        work()
+        return None
+    work()
+    return max(0, _resident("VmHWM") - before)
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    scan: Tensor,
+    labels: Tensor,
+    *,
+    forwards: int,
+    steps: int,
+    tick: Callable[[], Any],
+) -> Run:
+    """Time the network; afterwards its weights are what they were.
+
+    The first forward pass and the first step are not timed: they give the output, the gradients
+    and the peak memory of a step.
+    """
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return model(scan)  # type: ignore[no-any-return]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(scan), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    def timed(work: Callable[[], Any], repeats: int) -> float:
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+            tick()
+        return statistics.median(seconds)
+
+    output = forward().contiguous()
+    tick()
+    memory = peak_growth(step)
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    tick()
+    forward_time, step_time = timed(forward, forwards), timed(step, steps)
+    model.load_state_dict(start)
+    optimizer.zero_grad()
+    return Run(name, output, gradients, losses[0], forward_time, step_time, memory)
+
+
+def difference(run: Run, base: Run) -> tuple[float, float]:
+    """The largest difference of outputs and of gradients, each relative to the largest value."""
+    output = (run.output - base.output).abs().max() / base.output.abs().max()
+    gap = max(float((run.gradients[k] - g).abs().max()) for k, g in base.gradients.items())
+    top = max(float(g.abs().max()) for g in base.gradients.values())
+    return float(output), gap / top
+
+
+def compare(
+    scan: Tensor, labels: Tensor, model: nn.Module, *, steps: int
+) -> tuple[list[Run], ConvertReport]:
+    """Measure torch in both layouts, then voxconv, with one progress bar."""
+    forwards = 3
+    bar = _need("tqdm").tqdm(total=3 * (2 + forwards + steps), unit="run", leave=False)
+    last = torch.channels_last_3d
+
+    def run(name: str, x: Tensor) -> Run:
+        bar.set_description(name)
+        return measure(
+            name, model, x, labels, forwards=forwards, steps=steps, tick=lambda: bar.update()
+        )
+
+    with bar:
+        runs = [run("torch", scan)]
+        model.to(memory_format=last)  # type: ignore[call-overload]
+        runs.append(run("torch, channels_last_3d", scan.contiguous(memory_format=last)))
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        report = convert(model)
+        runs.append(run("voxconv", scan))
+    return runs, report
+
+
+def table(runs: list[Run]) -> str:
+    """Times and peak memory, a line for each run, ratios against the first."""
+
+    def cell(seconds: float, base: float) -> str:
+        text = f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+        return f"{text:>8} {base / seconds:5.1f}x"
+
+    base = runs[0]
+    lines = [f"{'':24}{'forward':>15}{'training step':>17}{'peak memory':>14}"]
+    for run in runs:
+        memory = "unknown" if run.memory is None else f"{run.memory / 2**20:.0f} MiB"
+        forward, step = cell(run.forward, base.forward), cell(run.step, base.step)
+        lines.append(f"{run.name:24}{forward}  {step}  {memory:>12}")
+    return "\n".join(lines)
+
+
+def draw(path: Path, scan: Tensor, runs: list[Run]) -> None:
+    """Save the picture: a slice, two outputs, their difference, the times."""
+    _need("matplotlib")
+    figure_class = importlib.import_module("matplotlib.figure").Figure
+    base, ours = runs[0], runs[-1]
+    level = int((scan[0, 0] > scan.min()).sum((1, 2)).argmax())
+    before, after = base.output[0, 0, level], ours.output[0, 0, level]
+    error = (after - before).abs()
+    low, high = float(before.min()), float(before.max())
+
+    figure = figure_class(figsize=(12, 7), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    axes = top.subplots(1, 4)
+    images: tuple[tuple[str, Tensor, dict[str, Any]], ...] = (
+        (f"scan, slice {level}", scan[0, 0, level], {"cmap": "gray"}),
+        ("output with torch", before, {"vmin": low, "vmax": high}),
+        ("output with voxconv", after, {"vmin": low, "vmax": high}),
+        ("absolute difference", error, {"cmap": "magma"}),
+    )
+    for axis, (title, image, style) in zip(axes, images, strict=True):
+        shown = axis.imshow(image.numpy(), origin="lower", **style)
+        axis.set_title(title)
+        axis.set_axis_off()
+        top.colorbar(shown, ax=axis, shrink=0.8)
+    colours = ("#9a9a9a", "#6b8fb5", "#d1495b")
+    for axis, what in zip(bottom.subplots(1, 2), ("forward", "step"), strict=True):
+        seconds = [getattr(run, what) for run in runs]
+        bars = axis.barh([run.name for run in runs], seconds, color=colours)
+        axis.bar_label(bars, [f" {s:.3g} s, {seconds[0] / s:.1f}x" for s in seconds])
+        axis.set_title("forward pass" if what == "forward" else "training step")
+        axis.set_xlabel("seconds")
+        axis.invert_yaxis()
+        axis.margins(x=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _check_out(path: Path) -> None:
+    if path.suffix.lower() not in PICTURES:
+        raise DemoError(f"cannot write {path}: its name must end in {', '.join(PICTURES)}")
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DemoError(f"cannot write {path}: no folder {folder} to write into")
+
+
+def run_demo(*, volume: Path | None, out: Path, size: int, threads: int | None, steps: int) -> int:
+    """Run the demo and print its tables.
+
+    Args:
+        volume: a scan, or None for the one that comes with nibabel.
+        out: where the picture goes.
+        size: the most voxels along an axis, at least 16.
+        threads: CPU threads, or None for torch's choice.
+        steps: timed training steps of each variant.
+
+    Returns:
+        0, or 1 if voxconv's results are not torch's.
+
+    Raises:
+        DemoError: something the user can mend.
+    """
+    if size < 2 * MULTIPLE:
+        raise DemoError(f"--size must be at least {2 * MULTIPLE}, got {size}")
+    for package in ("tqdm", "matplotlib"):
+        _need(package)
+    _check_out(out)
+    scan, labels = prepare(load_volume(volume), size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, name = build_network()
+
+    print(f"scan     {volume or 'example4d.nii.gz of nibabel'}, block {_shape(scan)} voxels")
+    print(f"network  {name}, float32, batch 1")
+    print(f"machine  {torch.get_num_threads()} threads, torch {torch.__version__}")
+    runs, report = compare(scan, labels, model, steps=steps)
+    output, gradient = difference(runs[-1], runs[0])
+    print(f"\n{report}\n\n{table(runs)}\n")
+    print(
+        f"loss                    {runs[0].loss:.6f} with torch, {runs[-1].loss:.6f} with voxconv"
+    )
+    print("largest difference, relative to the largest value")
+    print(f"                        output {output:.1e}, gradients {gradient:.1e}")
+    print(f"median of 3 forward passes and of {steps} training steps (forward, loss, backward,")
+    print("AdamW) after one untimed run of each; peak memory is the growth of the resident memory")
+    print("of the process (VmHWM) during that untimed training step")
+    draw(out, scan, runs)
+    print(f"picture  {out}")
+    if not (output < TOLERANCE and gradient < TOLERANCE):
+        print(f"the results differ by more than {TOLERANCE:g}: please report this")
+        return 1
+    return 0
+
+
+def _shape(scan: Tensor) -> str:
+    return " x ".join(map(str, scan.shape[2:]))

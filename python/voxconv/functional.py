@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions: canonicalise, check once, choose, and hand over to autograd or to torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _dispatch
+from ._check import Call, Passes, check
+from ._geometry import (
+    PADDING_MODES,
+    IntOrTriple,
+    PaddingLike,
+    integer,
+    mode_index,
+    paddings,
+    pairs,
+    triple,
+)
+from ._layout import is_channels_last
+from .autograd import depthwise_forward, depthwise_grad_input
+
+_ZERO = (0, 0, 0)
+_CACHED_CALLS = 4096
+_calls: dict[Any, Call] = {}
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTriple = 1,
+    padding: PaddingLike = 0,
+    dilation: IntOrTriple = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """3-D convolution; depthwise ones run on our kernels, all others on torch.
+
+    Equivalent to: `F.conv3d(x, weight, bias, stride, padding, dilation, groups)`, and like
+    `torch.nn.Conv3d` for the other padding modes.
+
+    Args:
+        x: [N, C, D, H, W] or [C, D, H, W], any strides.
+        weight: [O, C/groups, kD, kH, kW], same dtype and device.
+        bias: [O].
+        padding: int, 3 ints, 3 (before, after) pairs, "valid", or "same", which gives
+            ceil(size / stride) outputs with the odd cell after.
+        padding_mode: "zeros", "replicate", "reflect" or "circular".
+
+    Returns:
+        [N, O, oD, oH, oW] (or without N), in the layout of x.
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit, or an empty output.
+        TypeError: not tensors, not integers, mixed dtypes.
+        NotImplementedError: the backend asked for by `use_backend` cannot run it.
+    """
+    if has_torch_function_variadic(x, weight, bias):
+        return handle_torch_function(
+            conv3d,
+            (x, weight, bias),
+            x,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+    return _convolve(x, weight, bias, stride, padding, dilation, groups, padding_mode)
+
+
+def depthwise_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTriple = 1,
+    padding: PaddingLike = 0,
+    dilation: IntOrTriple = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Depthwise 3-D convolution: output channel c*m + j filters input channel c alone.
+
+    Equivalent to: `F.conv3d(x, weight, bias, stride, padding, dilation, groups=C)`.
+
+    Args:
+        x: [N, C, D, H, W] or [C, D, H, W], any strides.
+        weight: [C*m, 1, kD, kH, kW], same dtype and device.
+        bias: [C*m].
+        padding, padding_mode: see `conv3d`.
+
+    Returns:
+        [N, C*m, oD, oH, oW] (or without N), in the layout of x.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: see `conv3d`.
+    """
+    if has_torch_function_variadic(x, weight, bias):
+        return handle_torch_function(
+            depthwise_conv3d,
+            (x, weight, bias),
+            x,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            padding_mode=padding_mode,
+        )
+    return _convolve(x, weight, bias, stride, padding, dilation, None, padding_mode)
+
+
+def conv_transpose3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTriple = 1,
+    padding: PaddingLike = 0,
+    output_padding: IntOrTriple = 0,
+    groups: int = 1,
+    dilation: IntOrTriple = 1,
+) -> Tensor:
+    """Transposed 3-D convolution; depthwise ones run on our kernels, all others on torch.
+
+    Equivalent to: `F.conv_transpose3d(x, weight, bias, stride, padding, output_padding, groups,
+    dilation)`.
+
+    Args:
+        x: [N, C, D, H, W] or [C, D, H, W], any strides.
+        weight: [C, O/groups, kD, kH, kW], same dtype and device.
+        bias: [O].
+        padding: int, 3 ints or 3 (before, after) pairs; it shortens the output.
+        output_padding: cells added after; smaller than the stride or the dilation.
+
+    Returns:
+        [N, O, oD, oH, oW] (or without N), in the layout of x.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: see `conv3d`; "same" and "valid" are refused.
+    """
+    if has_torch_function_variadic(x, weight, bias):
+        return handle_torch_function(
+            conv_transpose3d,
+            (x, weight, bias),
+            x,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            groups=groups,
+            dilation=dilation,
+        )
+    x, weight, bias = _tensors(x, weight, bias)
+    call = _settle(
+        True, x, weight, bias, stride, padding, dilation, groups, "zeros", output_padding
+    )
+    batched = x.dim() == 5
+    if not batched:
+        x = x.unsqueeze(0)
+    if call.plan is None:
+        y = _torch_conv_transpose3d(x, weight, bias, call)
+    else:
+        y = _depthwise_transpose(x, weight, bias, call)
+    return y if batched else y.squeeze(0)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrTriple,
+    padding: PaddingLike,
+    dilation: IntOrTriple,
+    groups: int | None,
+    padding_mode: str,
+) -> Tensor:
+    x, weight, bias = _tensors(x, weight, bias)
+    call = _settle(False, x, weight, bias, stride, padding, dilation, groups, padding_mode, _ZERO)
+    batched = x.dim() == 5
+    if not batched:
+        x = x.unsqueeze(0)
+    if call.plan is None:
+        y = _torch_conv3d(x, weight, bias, call)
+    else:
+        y = depthwise_forward(x, weight, bias, call.geometry, call.plan)
+    return y if batched else y.squeeze(0)
+
+
+def _depthwise_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    geometry = call.geometry
+    multiplier = weight.shape[1]
+    if multiplier > 1:
+        x = _repeat_channels(x, multiplier)
+        weight = weight.reshape(-1, 1, *geometry.kernel)
+    more = [p // s for p, s in zip(call.output_padding, geometry.stride, strict=True)]
+    if any(more):
+        d, h, w = more
+        x = F.pad(x, (0, w, 0, h, 0, d))
+    size = call.out_shape[2:]
+    return depthwise_grad_input(x, weight, size, geometry, call.plan, bias)
+
+
+def _repeat_channels(x: Tensor, times: int) -> Tensor:
+    """`x.repeat_interleave(times, 1)` in the layout of x."""
+    if is_channels_last(x):
+        x = x.permute(0, 2, 3, 4, 1).unsqueeze(-1).expand(-1, -1, -1, -1, -1, times)
+        return x.flatten(4).permute(0, 4, 1, 2, 3)
+    return x.unsqueeze(2).expand(-1, -1, times, -1, -1, -1).flatten(1, 2)
+
+
+def _torch_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    _, stride, (ad, bd, ah, bh, aw, bw), dilation, mode = call.geometry
+    padding = (ad, ah, aw)
+    if mode or (bd, bh, bw) != padding:
+        padding = (0, 0, 0)
+        x = F.pad(x, (aw, bw, ah, bh, ad, bd), PADDING_MODES[mode] if mode else "constant")
+    return F.conv3d(x, weight, bias, stride, padding, dilation, call.groups)
+
+
+def _torch_conv_transpose3d(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    _, stride, padding, dilation, _ = call.geometry
+    both = [min(pair) for pair in pairs(padding)]
+    y = F.conv_transpose3d(
+        x, weight, bias, stride, both, call.output_padding, call.groups, dilation
+    )
+    for axis in range(3):
+        n = call.out_shape[axis + 2]
+        if y.shape[axis + 2] != n:
+            y = y.narrow(axis + 2, padding[2 * axis] - both[axis], n)
+    return y
+
+
+def _tensors(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check that the arguments are tensors, and cast them as autocast does for torch's conv3d."""
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    ):
+        kinds = ", ".join(type(value).__name__ for value in (x, weight, bias))
+        raise TypeError(f"input, weight and bias must be tensors, got {kinds}")
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = _cast(x, device, dtype), _cast(weight, device, dtype)
+        bias = None if bias is None else _cast(bias, device, dtype)
+    return x, weight, bias
+
+
+def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype) if tensor.device.type == device else tensor
+
+
+def _settle(
+    transposed: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrTriple,
+    padding: PaddingLike,
+    dilation: IntOrTriple,
+    groups: int | None,
+    padding_mode: str,
+    output_padding: IntOrTriple,
+) -> Call:
+    """Check the arguments against each other and choose what runs; `groups=None` is depthwise."""
+    key = (
+        transposed,
+        x.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        (x.dtype, weight.dtype, None if bias is None else bias.dtype),
+        (x.device, weight.device, None if bias is None else bias.device),
+        (x.layout, weight.layout),
+        triple(stride, "stride"),
+        paddings(padding),
+        triple(dilation, "dilation"),
+        groups if groups is None or type(groups) is int else integer(groups, "groups"),
+        mode_index(padding_mode),
+        triple(output_padding, "output_padding"),
+        _dispatch.forced_backend(),
+    )
+    if torch.compiler.is_compiling():
+        return check(*key)
+    try:
+        call = _calls.get(key)
+    except TypeError:  # symbolic sizes have no hash
+        return check(*key)
+    if call is None:
+        call = check(*key)
+        if len(_calls) >= _CACHED_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    return call
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do. `flops` and `bytes` are those of the result alone: two per tap and
+    output, and every tensor read or written once."""
+
+    backend: str
+    kernel: str
+    reason: str
+    output_shape: tuple[int, ...]
+    flops: int
+    bytes: int
+    passes: Passes
+
+    def __str__(self) -> str:
+        lines = [
+            f"output {list(self.output_shape)}, {self.flops / 1e9:.3g} GFLOP, "
+            f"{self.bytes / 1e6:.3g} MB"
+        ]
+        for name, choice in zip(Passes._fields, self.passes, strict=True):
+            lines.append(f"{name:<12}{choice.backend}/{choice.kernel}: {choice.reason}")
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTriple = 1,
+    padding: PaddingLike = 0,
+    dilation: IntOrTriple = 1,
+    groups: int | None = None,
+    padding_mode: str = "zeros",
+    *,
+    transposed: bool = False,
+    output_padding: IntOrTriple = 0,
+) -> Explanation:
+    """Tell which backend and kernel a call would use, why, and what it costs; runs nothing.
+
+    Args:
+        groups: as in `conv3d`; None takes what the shape of the weight says.
+        transposed: explain `conv_transpose3d` instead of `conv3d`.
+        All others: as in `conv3d` and `conv_transpose3d`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: those of the call itself.
+    """
+    x, weight, bias = _tensors(x, weight, bias)
+    if groups is None and x.dim() in (4, 5) and weight.dim() == 5:
+        channels, per_group = x.shape[-4], weight.shape[1]
+        if transposed:
+            groups = channels if per_group == 1 else 1
+        elif per_group != 1:
+            groups = max(channels // max(per_group, 1), 1)
+    call = _settle(
+        transposed,
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        output_padding,
+    )
+    per_weight = (
+        (math.prod(call.out_shape) // max(call.out_shape[1], 1))
+        if not transposed
+        else (x.numel() // max(x.shape[-4], 1))
+    )
+    values = x.numel() + weight.numel() + math.prod(call.out_shape)
+    if bias is not None:
+        values += bias.numel()
+    first = call.passes.forward
+    return Explanation(
+        backend=first.backend,
+        kernel=first.kernel,
+        reason=first.reason,
+        output_shape=call.out_shape if x.dim() == 5 else call.out_shape[1:],
+        flops=2 * weight.numel() * per_weight,
+        bytes=values * x.element_size(),
+        passes=call.passes,
+    )

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules with the arguments, parameters and state_dict keys of their torch.nn namesakes."""
+
+from .dense import Conv3d, ConvTranspose3d, DepthwiseConv3d
+
+__all__ = ["Conv3d", "ConvTranspose3d", "DepthwiseConv3d"]

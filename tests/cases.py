@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of problems: forward, gradient, layout, compile tests and the bench all read it.
+
+A row is a :class:`Case`. Its geometry is written in the user's terms (``padding`` may be an int, a
+triple, three pairs, "valid" or "same"), and the sizes below are worked out here on purpose, not
+imported from the package: the table is the second opinion.
+
+Tags: ``smoke`` (every property is tested on these), ``odd`` (awkward sizes), ``edge`` (limits),
+``model`` (true layers of published networks, bench only; tests take :meth:`Case.small`), ``bar``
+(rows with a promised speed), ``fft`` (kernels for the FFT), ``bf16``/``fp16`` (the dtype the model
+uses; float32 otherwise).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+Triple = tuple[int, int, int]
+Pairs = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Padding: TypeAlias = "int | Triple | Pairs | str"
+
+NCDHW = "ncdhw"
+CHANNELS_LAST = "channels_last_3d"
+LAYOUTS = (NCDHW, CHANNELS_LAST)
+MODES = ("zeros", "replicate", "reflect", "circular")
+
+
+class Tensors(NamedTuple):
+    """The arguments of one problem: ``x`` [N,C,D,H,W], ``weight`` [C*m,1,*k] (transposed
+    [C,m,*k]), ``bias`` [C*m], and ``grad`` shaped like the output."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    grad: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. ``op`` is "depthwise" or "transposed"; ``size`` is that of the input."""
+
+    name: str
+    op: str = "depthwise"
+    n: int = 1
+    channels: int = 1
+    multiplier: int = 1
+    size: Triple = (1, 1, 1)
+    kernel: Triple = (3, 3, 3)
+    stride: Triple = (1, 1, 1)
+    padding: Padding = 0
+    dilation: Triple = (1, 1, 1)
+    mode: str = "zeros"
+    output_padding: Triple = (0, 0, 0)
+    layout: str = NCDHW
+    tags: tuple[str, ...] = ()
+    source: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def transposed(self) -> bool:
+        return self.op == "transposed"
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * self.multiplier
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def span(self) -> Triple:
+        """Cells from the first to the last tap, per axis."""
+        kd, kh, kw = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+        return kd, kh, kw
+
+    @property
+    def pads(self) -> Pairs:
+        """``padding`` as three (before, after) pairs."""
+        if self.padding == "valid":
+            return ((0, 0),) * 3
+        if self.padding == "same":
+            pairs = []
+            for n, s, span in zip(self.size, self.stride, self.span, strict=True):
+                total = max((-(-n // s) - 1) * s + span - n, 0)
+                pairs.append((total // 2, total - total // 2))
+            return tuple(pairs)  # type: ignore[return-value]
+        if isinstance(self.padding, int):
+            return ((self.padding, self.padding),) * 3
+        pd, ph, pw = (p if isinstance(p, tuple) else (p, p) for p in self.padding)
+        return pd, ph, pw  # type: ignore[return-value]
+
+    @property
+    def out_size(self) -> Triple:
+        axes = zip(self.size, self.span, self.stride, self.pads, self.output_padding, strict=True)
+        if self.transposed:
+            od, oh, ow = ((n - 1) * s - a - b + span + op for n, span, s, (a, b), op in axes)
+        else:
+            od, oh, ow = ((n + a + b - span) // s + 1 for n, span, s, (a, b), _ in axes)
+        return od, oh, ow
+
+    @property
+    def flops(self) -> int:
+        """Two per tap and output (transposed: per tap and input), padding counted too."""
+        cells = self.size if self.transposed else self.out_size
+        return 2 * self.n * self.out_channels * math.prod(cells) * self.taps
+
+    @property
+    def live_flops(self) -> int:
+        """``flops`` less the taps that fall on zero padding (transposed: outside the output)."""
+        if self.mode != "zeros":
+            return self.flops
+        small, big = (self.size, self.out_size) if self.transposed else (self.out_size, self.size)
+        live = 1
+        for o, n, k, s, d, (a, _) in zip(
+            small, big, self.kernel, self.stride, self.dilation, self.pads, strict=True
+        ):
+            live *= sum(0 <= i * s - a + t * d < n for i in range(o) for t in range(k))
+        return 2 * self.n * self.out_channels * live
+
+    def bytes(self, itemsize: int = 4) -> int:
+        """Input, weight and output touched once: the least traffic of any one of the passes."""
+        cells = self.n * (
+            self.channels * math.prod(self.size) + self.out_channels * math.prod(self.out_size)
+        )
+        return itemsize * (cells + self.out_channels * self.taps)
+
+    def small(self) -> Case:
+        """The same kind of problem, small enough for a test in float64.
+
+        Kernel, stride, dilation, padding, mode and the parity of every axis stay; an axis shorter
+        than the kernel stays shorter.
+        """
+        size = []
+        for n, span, s in zip(self.size, self.span, self.stride, strict=True):
+            least = 6 if span >= 12 else 6 + span
+            size.append(n if n <= least else least + s + (n - least - s) % 2)
+        d, h, w = size
+        channels = min(self.channels, 5 if self.taps <= 400 else 2)
+        return replace(self, n=min(self.n, 2), channels=channels, size=(d, h, w))
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the public function for this row, beside x, weight and bias."""
+        args = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        if self.transposed:
+            return args | {"output_padding": self.output_padding, "groups": self.channels}
+        return args | {"padding_mode": self.mode}
+
+    def make(
+        self, dtype: torch.dtype | None = None, seed: int = 0, layout: str | None = None
+    ) -> Tensors:
+        """Random tensors of this problem, weights scaled so that outputs are of order one."""
+        import torch
+
+        dtype = dtype or torch.float32
+        layout = layout or self.layout
+        draw = torch.float64 if dtype == torch.float64 else torch.float32
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=draw)
+
+        def dress(t: torch.Tensor) -> torch.Tensor:
+            t = t.to(dtype)
+            last = layout == CHANNELS_LAST
+            return t.contiguous(memory_format=torch.channels_last_3d) if last else t.contiguous()
+
+        if self.transposed:
+            weight = randn(self.channels, self.multiplier, *self.kernel)
+        else:
+            weight = randn(self.out_channels, 1, *self.kernel)
+        return Tensors(
+            dress(randn(self.n, self.channels, *self.size)),
+            (weight / math.sqrt(self.taps)).to(dtype),
+            randn(self.out_channels).to(dtype),
+            dress(randn(self.n, self.out_channels, *self.out_size)),
+        )
+
+
+def _triple(value: int | Triple) -> Triple:
+    return (value, value, value) if isinstance(value, int) else value
+
+
+def _dw(
+    name: str,
+    kernel: int | Triple,
+    channels: int,
+    size: int | Triple,
+    stride: int | Triple = 1,
+    dilation: int | Triple = 1,
+    **fields: Any,
+) -> Case:
+    """A depthwise row; the padding keeps the size (at stride 1, odd kernel) unless given."""
+    kernel, dilation = _triple(kernel), _triple(dilation)
+    centred = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    fields = {"padding": centred, "kernel": kernel, "dilation": dilation} | fields
+    return Case(name, channels=channels, size=_triple(size), stride=_triple(stride), **fields)
+
+
+def _up(name: str, kernel: int | Triple, channels: int, size: int | Triple, **fields: Any) -> Case:
+    """A depthwise transposed row, stride 2 unless given."""
+    stride, dilation = fields.pop("stride", 2), fields.pop("dilation", 1)
+    case = _dw(name, kernel, channels, size, stride=stride, dilation=dilation, **fields)
+    return replace(case, op="transposed")
+
+
+def _stages(
+    model: str, kernel: int, stages: Iterable[tuple[int, int | Triple]], **fields: Any
+) -> list[Case]:
+    """One row for each (channels, size) of a network, named model_dwK_channels@size."""
+    rows = []
+    for channels, size in stages:
+        place = size if isinstance(size, int) else "x".join(map(str, size))
+        rows.append(_dw(f"{model}_dw{kernel}_{channels}@{place}", kernel, channels, size, **fields))
+    return rows
+
+
+def _tagged(tag: str, rows: Iterable[Case]) -> list[Case]:
+    return [replace(row, tags=(tag, *row.tags)) for row in rows]
+
+
+_FFT = ("fft",)
+
+SMOKE = _tagged(
+    "smoke",
+    [
+        _dw("dw3", 3, 4, (6, 7, 10), n=2),
+        _dw("dw5", 5, 3, (7, 9, 19)),
+        _dw("dw7", 7, 2, (9, 8, 23)),
+        _dw("dw3_valid", 3, 9, (5, 6, 18), padding="valid"),
+        _dw("dw3_stride2", 3, 3, (8, 9, 21), stride=2),
+        _dw("dw5_dilation2", 5, 2, (11, 12, 25), dilation=2),
+        _dw("dw3_multiplier2", 3, 3, (5, 6, 12), multiplier=2, n=2),
+        _dw("dw3_replicate", 3, 3, (5, 6, 12), mode="replicate"),
+        _dw("dw3_reflect", 3, 3, (5, 6, 12), mode="reflect"),
+        _dw("dw3_circular", 3, 3, (5, 6, 12), mode="circular"),
+        _up("up3", 3, 4, (4, 5, 9), n=2),
+        _up("up3_full", 3, 3, (3, 4, 7), output_padding=(1, 1, 1)),
+    ],
+)
+
+ODD = _tagged(
+    "odd",
+    [
+        _dw("dw357", (3, 5, 7), 5, (7, 9, 11), n=3),
+        _dw("dw511", (5, 1, 1), 7, (9, 4, 13)),
+        _dw("dw119", (1, 1, 9), 3, (3, 5, 37)),
+        _dw("dw171", (1, 7, 1), 3, (3, 15, 6)),
+        _dw("dw3_wide", 3, 2, (4, 3, 131)),
+        _dw("dw7_wide", 7, 1, (5, 4, 97)),
+        _dw("dw3_c17", 3, 17, (5, 4, 7), n=2),
+        _dw("dw5_c33", 5, 33, (6, 5, 8)),
+        _dw("dw3_stride123", 3, 4, (9, 10, 17), stride=(1, 2, 3)),
+        _dw("dw5_stride122", 5, 3, (7, 11, 18), stride=(1, 2, 2)),
+        _dw("dw7_stride2", 7, 2, (13, 12, 21), stride=2),
+        _dw("dw3_stride2_dilation2", 3, 3, (11, 10, 20), stride=2, dilation=2),
+        _dw("dw3_stride3_dilation2", 3, 3, (12, 13, 22), stride=3, dilation=2, multiplier=2),
+        _dw("dw3_dilation123", 3, 3, (9, 11, 19), dilation=(1, 2, 3)),
+        _dw("dw7_dilation3", 7, 2, (21, 20, 23), dilation=3),
+        _dw("dw3_pairs", 3, 3, (6, 7, 12), padding=((0, 2), (1, 0), (3, 1))),
+        _dw("dw5_pairs_stride", 5, 3, (8, 7, 19), padding=((4, 0), (0, 3), (2, 1)), stride=2),
+        _dw("dw3_same_stride2", 3, 3, (7, 8, 13), padding="same", stride=2),
+        _dw("dw4_same", 4, 3, (7, 8, 13), padding="same"),
+        _dw("dw4_same_stride3", 4, 2, (10, 11, 12), padding="same", stride=3),
+        _dw("dw3_multiplier3", 3, 5, (4, 6, 11), multiplier=3, n=2),
+        _dw("dw5_replicate_stride", 5, 2, (7, 8, 15), mode="replicate", stride=(2, 1, 2)),
+        _dw("dw3_reflect_pairs", 3, 2, (5, 6, 9), mode="reflect", padding=((4, 1), (0, 3), (2, 8))),
+        _dw(
+            "dw5_circular_pairs", 5, 2, (6, 5, 9), mode="circular", padding=((6, 1), (0, 5), (2, 2))
+        ),
+        _dw(
+            "dw3_circular_stride2_dilation2",
+            3,
+            2,
+            (6, 7, 14),
+            mode="circular",
+            dilation=2,
+            stride=2,
+            multiplier=2,
+        ),
+        _dw("dw5_reflect_same", 5, 2, (6, 7, 9), mode="reflect", padding="same", stride=2),
+        _up("up2", 2, 3, (3, 4, 9)),
+        _up("up4", 4, 3, (3, 4, 9)),
+        _up("up5_stride123", 5, 5, (5, 4, 7), stride=(1, 2, 3), output_padding=(0, 1, 2)),
+        _up("up3_multiplier2", 3, 3, (3, 4, 6), multiplier=2, n=2),
+        _up("up3_dilation2", 3, 2, (4, 5, 6), dilation=2),
+        _up("up3_stride1", 3, 3, (4, 5, 11), stride=1),
+    ],
+)
+
+EDGE = _tagged(
+    "edge",
+    [
+        _dw("dw1", 1, 3, (4, 5, 9), n=2),
+        _dw("dw1_multiplier4", 1, 3, (4, 5, 9), multiplier=4),
+        _dw("dw1_stride2", 1, 3, (4, 5, 9), stride=2),
+        _dw("one_voxel", 3, 3, (1, 1, 1)),
+        _dw("one_channel", 3, 1, (5, 6, 9)),
+        _dw("one_output", 5, 3, (5, 5, 5), padding=0),
+        _dw("kernel_over_volume", 7, 3, (2, 3, 4)),
+        _dw("kernel_over_width", 9, 2, (11, 10, 3)),
+        _dw("padding_over_kernel", 3, 2, (3, 4, 5), padding=(4, 5, 6)),
+        _dw("padding_over_kernel_stride", 2, 2, (3, 4, 5), padding=5, stride=3),
+        _dw("stride_over_kernel", 2, 3, (9, 11, 14), padding=0, stride=(4, 3, 5)),
+        _dw("dw2", 2, 3, (5, 6, 17), padding=1),
+        _dw("dw4", 4, 3, (6, 5, 18), padding=2),
+        _dw("dw6_stride2", 6, 2, (9, 8, 20), padding=3, stride=2),
+        _dw("dw246", (2, 4, 6), 3, (5, 7, 12), padding=(1, 2, 3)),
+        _dw("dilation_over_volume", 3, 2, (4, 5, 6), dilation=7),
+        _dw("reflect_most", 3, 2, (3, 4, 5), mode="reflect", padding=(2, 3, 4)),
+        _dw("circular_most", 3, 2, (3, 4, 5), mode="circular", padding=(3, 4, 5)),
+        _dw("replicate_far", 3, 2, (3, 1, 5), mode="replicate", padding=(7, 6, 5)),
+        _up("up_stride_over_kernel", 3, 2, (3, 4, 5), stride=(4, 5, 4)),
+        _up(
+            "up_gap_output_padding",
+            (1, 2, 1),
+            2,
+            (2, 3, 4),
+            stride=(3, 4, 2),
+            output_padding=(2, 3, 1),
+        ),
+        _up("up_one_voxel", 3, 2, (1, 1, 1), padding=0),
+        _up("up_output_padding_over_stride", 3, 2, 4, dilation=3, output_padding=(2, 1, 2)),
+        _dw("dw1x1x31", (1, 1, 31), 2, (3, 4, 40)),
+        _dw("dw31x1x3", (31, 1, 3), 2, (33, 4, 9)),
+        _dw("dw13", 13, 2, (9, 14, 15), tags=_FFT),
+        _dw("dw15_stride2", 15, 2, (16, 11, 13), stride=2, tags=_FFT),
+        _dw("dw13_dilation2", 13, 1, (9, 10, 27), dilation=2, tags=_FFT),
+        _dw("dw14_pairs", 14, 2, (9, 12, 15), padding=((6, 7), (0, 9), (4, 4)), tags=_FFT),
+        _dw("dw13_circular", 13, 1, (9, 10, 14), mode="circular", tags=_FFT),
+        _up("up13", 13, 2, (5, 6, 7), output_padding=(1, 0, 1), tags=_FFT),
+    ],
+)
+
+_UXNET = [(48, 48), (96, 24), (192, 12), (384, 6)]
+_MEDNEXT = {"stages": [(32, 128), (64, 64), (128, 32), (256, 16), (512, 8)], "n": 2}
+_UNIFORMER = [(64, (8, 56, 56)), (128, (8, 28, 28)), (320, (8, 14, 14)), (512, (8, 7, 7))]
+_X3D = [(54, (16, 56, 56)), (108, (16, 28, 28)), (216, (16, 14, 14)), (432, (16, 7, 7))]
+_CSN = [(64, (32, 56, 56)), (128, (32, 28, 28)), (256, (32, 14, 14)), (512, (32, 7, 7))]
+_MOBILENET = [(144, (8, 28, 28)), (192, (4, 14, 14)), (960, (1, 4, 4))]
+
+MODEL = _tagged(
+    "model",
+    [
+        *_stages("uxnet", 7, _UXNET[:2], tags=("bar",), source="3D UX-Net"),
+        *_stages("uxnet", 7, _UXNET[2:], source="3D UX-Net"),
+        _dw("uxnet_mlp_48@48", 1, 48, 48, multiplier=4, source="3D UX-Net, grouped 1^3 48->192"),
+        *_stages("repux", 21, _UXNET, tags=_FFT, source="RepUX-Net"),
+        *_stages("mednext", 3, **_MEDNEXT, source="MedNeXt"),
+        *_stages("mednext", 5, **_MEDNEXT, source="MedNeXt"),
+        *_stages("mednext", 7, **_MEDNEXT, source="MedNeXt as in MONAI"),
+        _dw("mednext_down3_32@128", 3, 32, 128, n=2, stride=2, source="MedNeXt down"),
+        _dw("mednext_down5_32@128", 5, 32, 128, n=2, stride=2, source="MedNeXt down"),
+        _up("mednext_up3_64@64", 3, 64, 64, n=2, source="MedNeXt up"),
+        _up("mednext_up5_64@64", 5, 64, 64, n=2, source="MedNeXt up"),
+        *_stages("uniformer", 3, _UNIFORMER, source="UniFormer-B"),
+        *_stages("uniformer", 5, _UNIFORMER[:2], source="UniFormer-B"),
+        *_stages("x3d", 3, _X3D, source="X3D-M"),
+        _dw("x3d_stem", (5, 1, 1), 24, (16, 112, 112), source="X3D-M stem, temporal"),
+        _dw("x3d_stride122", 3, 54, (16, 112, 112), stride=(1, 2, 2), source="X3D-M"),
+        *_stages("csn", 3, _CSN, n=8, source="ir-CSN-50"),
+        _dw("mobilenet_stride2", 3, 96, (16, 56, 56), stride=2, source="MobileNetV2-3D"),
+        *_stages("mobilenet", 3, _MOBILENET, source="MobileNetV2-3D"),
+        *_stages("lka", 5, [(32, 32), (64, 16)], source="LKA-3D, near"),
+        *_stages("lka_dilation3", 7, [(32, 32), (64, 16)], dilation=3, source="LKA-3D, far"),
+        *_stages("lka_dilation3", 5, [(128, 8)], dilation=3, source="LKA-3D, far"),
+        *_stages("lka_dilation2", 3, [(256, 4)], dilation=2, source="LKA-3D, far"),
+        *_stages("segformer", 3, [(128, 32)], layout=CHANNELS_LAST, source="SegFormer3D DWConv"),
+        _dw(
+            "decoder_512@61x45x80",
+            (3, 5, 5),
+            512,
+            (61, 45, 80),
+            padding=(0, 2, 2),
+            tags=("bf16",),
+            source="video decoder, rocm-libraries#5916",
+        ),
+        *_stages("lidar", 3, [(64, (15, 75, 315))], tags=("fp16",), source="pytorch#110885"),
+    ],
+)
+
+_BAR_SIZES = [(48, 48), (64, 32), (96, 24)]
+
+BAR = _tagged(
+    "bar",
+    [
+        *_stages("bar", 3, [*_BAR_SIZES, (32, 64)]),
+        *_stages("bar", 5, _BAR_SIZES),
+        *_stages("bar", 7, [(64, 32)]),  # 48@48 and 96@24 are 3D UX-Net's own
+        *_stages("bar_dilation2", 3, [(48, 48), (32, 64)], dilation=2),
+        *_stages("bar_dilation3", 3, [(48, 48), (32, 64)], dilation=3),
+        *_stages("bar_dilation2", 5, [(48, 48)], dilation=2),
+        *_stages("bar_dilation3", 5, [(48, 48)], dilation=3),
+        *_stages("bar_dilation2", 7, [(48, 48)], dilation=2),
+        *_stages("bar_dilation3", 7, [(48, 48)], dilation=3),
+        *_stages("bar_stride2", 3, [(48, 48)], stride=2),
+        *_stages("bar_stride2", 5, [(48, 48)], stride=2),
+        *_stages("bar_stride2", 7, [(48, 48)], stride=2),
+        *_stages("bar", 13, [(48, 24)], tags=_FFT),
+        *_stages("bar", 17, [(48, 24)], tags=_FFT),
+        *_stages("bar", 21, [(48, 24)], tags=_FFT),
+        *_stages("bar", 31, [(48, 24)], tags=_FFT),
+        _up("bar_up2_48@24", 2, 48, 24),
+        _up("bar_up3_48@24", 3, 48, 24, output_padding=(1, 1, 1)),
+    ],
+)
+
+CASES: tuple[Case, ...] = (*SMOKE, *ODD, *EDGE, *MODEL, *BAR)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def select(*tags: str) -> list[Case]:
+    """The rows that carry any of ``tags``, in table order."""
+    return [case for case in CASES if set(tags) & set(case.tags)]

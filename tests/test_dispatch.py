@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of backend and kernel: pure, explained, overridable per thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import voxconv
+from cases import CASES, Case, select
+from testing import all_passes, on, ops_called, ours
+from voxconv import _dispatch, _ops
+from voxconv._dispatch import Choice, Problem
+from voxconv._geometry import PADDING_MODES, Geometry
+
+needs_kernels = pytest.mark.skipif(not _ops.has_cpu(), reason="the compiled part is missing")
+
+
+def _problem(case: Case, **changes: Any) -> Problem:
+    pads = tuple(side for pair in case.pads for side in pair)
+    size = case.out_size if case.transposed else case.size
+    geometry = Geometry(
+        case.kernel, case.stride, pads, case.dilation, PADDING_MODES.index(case.mode)
+    )
+    fields = {
+        "op": "forward",
+        "device": "cpu",
+        "dtype": torch.float32,
+        "x_shape": (case.n, case.channels, *size),
+        "weight_shape": (case.out_channels, 1, *case.kernel),
+        "geometry": geometry,
+        "transposed": case.transposed,
+    }
+    return Problem(**fields | changes)
+
+
+DW3 = select("smoke")[0]
+
+
+def test_every_row_has_a_choice_and_a_reason() -> None:
+    for case in CASES:
+        for op in _dispatch.PASSES:
+            choice = _dispatch.choose(_problem(case, op=op))
+            assert choice.backend in ("cpu", "torch"), case
+            assert choice.kernel in ("direct", "fft", "conv3d"), case
+            assert len(choice.reason) > 10, case
+            assert choice == _dispatch.choose(_problem(case, op=op)), case
+
+
+def test_the_fft_is_chosen_only_where_it_can_run() -> None:
+    for case in CASES:
+        for op in _dispatch.PASSES:
+            choice = _dispatch.choose(_problem(case, op=op), "cpu")
+            if case.mode != "zeros" or max(case.kernel) <= 7:
+                assert choice[:2] == ("cpu", "direct"), case
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        pytest.param({"depthwise": False}, "not depthwise", id="dense"),
+        pytest.param({"device": "cuda"}, "cuda", id="device"),
+        pytest.param({"dtype": torch.complex64}, "complex64", id="dtype"),
+        pytest.param({"missing": "no library"}, "no library", id="missing"),
+    ],
+)
+def test_what_the_cpu_refuses_goes_to_torch(changes: dict[str, Any], words: str) -> None:
+    problem = _problem(DW3, **changes)
+    choice = _dispatch.choose(problem)
+    assert choice.backend == "torch"
+    assert words in choice.reason
+    with pytest.raises(NotImplementedError, match=words):
+        _dispatch.choose(problem, "cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backends_without_kernels_refuse(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=name):
+        _dispatch.choose(_problem(DW3), name)
+    with voxconv.use_backend(name), pytest.raises(NotImplementedError, match=name):
+        ours(DW3, *DW3.make()[:3])
+
+
+def test_forced_torch_takes_everything() -> None:
+    for case in CASES:
+        assert _dispatch.choose(_problem(case), "torch").backend == "torch"
+
+
+@needs_kernels
+def test_forced_cpu_refuses_what_is_not_depthwise() -> None:
+    x, weight = torch.zeros(1, 4, 3, 4, 5), torch.zeros(4, 2, 1, 1, 1)
+    with voxconv.use_backend("cpu"):
+        with pytest.raises(NotImplementedError, match="depthwise"):
+            voxconv.conv3d(x, weight, groups=2)
+        with pytest.raises(NotImplementedError, match="depthwise"):
+            voxconv.conv_transpose3d(x, torch.zeros(4, 4, 1, 1, 1))
+        voxconv.conv3d(x, torch.zeros(4, 1, 1, 1, 1), groups=4)
+
+
+def test_one_channel_of_many_outputs_is_dense() -> None:
+    """[O, 1, k] over one channel is a dense kernel; as ``depthwise_conv3d`` it still runs."""
+    assert _dispatch.is_depthwise(4, 8, 4)
+    assert not _dispatch.is_depthwise(4, 8, 2)
+    assert not _dispatch.is_depthwise(1, 8, 1)
+    x, weight = torch.randn(1, 1, 4, 5, 6), torch.randn(8, 1, 3, 3, 3)
+    torch.testing.assert_close(
+        voxconv.depthwise_conv3d(x, weight), torch.nn.functional.conv3d(x, weight)
+    )
+
+
+def _names(backend: str | None) -> set[str]:
+    tensors = DW3.make()
+    with voxconv.use_backend(backend), ops_called() as called:
+        ours(DW3, *tensors[:3])
+    return called
+
+
+@needs_kernels
+def test_use_backend_decides_what_runs() -> None:
+    assert "voxconv::depthwise_forward" in _names("cpu")
+    assert not any(name.startswith("voxconv") for name in _names("torch"))
+    assert "aten::convolution" in _names("torch")
+    assert _names(None) == _names("cpu")  # the cache keeps them apart, whatever the order
+
+
+def test_use_backend_nests() -> None:
+    current = _dispatch.forced_backend
+    assert current() is None
+    with voxconv.use_backend("torch"):
+        assert current() == "torch"
+        with voxconv.use_backend("cpu"):
+            assert current() == "cpu"
+            with voxconv.use_backend(None):
+                assert current() is None
+            assert current() == "cpu"
+        assert current() == "torch"
+    assert current() is None
+
+
+def test_use_backend_is_left_by_an_error() -> None:
+    with pytest.raises(KeyError), voxconv.use_backend("torch"):
+        raise KeyError("inside")
+    assert _dispatch.forced_backend() is None
+
+
+def test_use_backend_can_be_reused() -> None:
+    context = voxconv.use_backend("torch")
+    with context, voxconv.use_backend("cpu"), context:
+        assert _dispatch.forced_backend() == "torch"
+    assert _dispatch.forced_backend() is None
+
+
+def test_use_backend_belongs_to_the_thread() -> None:
+    seen = []
+    with voxconv.use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(_dispatch.forced_backend()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", 1])
+def test_use_backend_knows_its_names(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"cpu.*cuda.*triton.*torch"):
+        voxconv.use_backend(name)
+
+
+def _explain(case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    kwargs = case.kwargs() | {"groups": case.channels}
+    return voxconv.explain(x, weight, bias, transposed=case.transposed, **kwargs)
+
+
+@pytest.mark.parametrize("path", ["direct", "fft", "torch"])
+@pytest.mark.parametrize("case", [c for c in select("smoke") if c.mode == "zeros"], ids=str)
+def test_explain_tells_what_would_run(case: Case, path: str) -> None:
+    x, weight, bias, _ = case.make()
+    with on(path):
+        with ops_called() as called:
+            explained = _explain(case, x, weight, bias)
+        assert not called
+        with ops_called() as called:
+            y = ours(case, x, weight, bias)
+    assert explained.output_shape == tuple(y.shape)
+    assert explained.flops == case.flops
+    assert explained.bytes == case.bytes(4) + 4 * bias.numel()
+    op = "depthwise_grad_input" if case.transposed else "depthwise_forward"
+    ran = {
+        "direct": f"voxconv::{op}",
+        "fft": f"voxconv::{op}_fft",
+        "torch": "aten::convolution",
+    }
+    assert ran[path] in called
+    assert (explained.backend, explained.kernel) == {
+        "direct": ("cpu", "direct"),
+        "fft": ("cpu", "fft"),
+        "torch": ("torch", "conv3d"),
+    }[path]
+
+
+@pytest.mark.parametrize("layout", ["batched", "unbatched"])
+def test_explanation_reads_well(layout: str) -> None:
+    x, weight, bias, _ = DW3.make()
+    x = x if layout == "batched" else x[0]
+    explained = _explain(DW3, x, weight, bias)
+    text = str(explained)
+    shape = [2, 4, 6, 7, 10] if layout == "batched" else [4, 6, 7, 10]
+    assert str(shape) in text
+    for name, choice in zip(
+        ("forward", "grad_input", "grad_weight"), explained.passes, strict=True
+    ):
+        assert f"{choice.backend}/{choice.kernel}: {choice.reason}" in text
+        assert name in text
+    assert explained.reason in text
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        explained.backend = "cuda"
+
+
+def test_explain_reads_no_data() -> None:
+    """Sizes suffice: tensors that no machine holds can be explained."""
+    x = torch.empty(64, 512, 512, 512, 512, device="meta")
+    weight = torch.empty(512, 1, 7, 7, 7, device="meta")
+    explained = voxconv.explain(x, weight, padding=3)
+    assert explained.output_shape == tuple(x.shape)
+    assert explained.flops == 2 * x.numel() * 343
+
+
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [
+        pytest.param(lambda: (torch.zeros(1, 4, 3, 4, 5), torch.zeros(8, 2, 1, 1, 1)), "conv3d"),
+        pytest.param(lambda: (torch.zeros(1, 4, 3, 4, 5), torch.zeros(8, 4, 1, 1, 1)), "conv3d"),
+    ],
+    ids=["grouped", "dense"],
+)
+def test_explain_dense(make: Callable[[], tuple[torch.Tensor, torch.Tensor]], kernel: str) -> None:
+    x, weight = make()
+    explained = voxconv.explain(x, weight)
+    assert (explained.backend, explained.kernel) == ("torch", kernel)
+    assert "depthwise" in explained.reason
+    assert explained.output_shape == (1, 8, 3, 4, 5)
+
+
+@needs_kernels
+def test_a_pass_of_its_own_kernel() -> None:
+    """Forward direct and both gradients by FFT, in one backward: the plan is per pass."""
+
+    def mixed(problem: Problem) -> Choice:
+        return Choice("cpu", "direct" if problem.op == "forward" else "fft", "mixed by a test")
+
+    tensors = DW3.make(torch.float64)
+    with pytest.MonkeyPatch.context() as patch, on("direct"):
+        expected = all_passes(ours, DW3, tensors)
+        patch.setattr(_dispatch, "_cpu_kernel", mixed)
+        voxconv.functional._calls.clear()
+        with ops_called() as called:
+            got = all_passes(ours, DW3, tensors)
+    assert called >= {
+        "voxconv::depthwise_forward",
+        "voxconv::depthwise_grad_input_fft",
+        "voxconv::depthwise_grad_weight_fft",
+    }
+    for which, t in got.items():
+        torch.testing.assert_close(t, expected[which])
+
+
+def test_without_the_compiled_part() -> None:
+    """Asked to, the package runs through torch: same results, no warning."""
+    program = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch, voxconv\n"
+        "x, w = torch.randn(1, 2, 4, 5, 6), torch.randn(2, 1, 3, 3, 3)\n"
+        "e = voxconv.explain(x, w)\n"
+        "assert e.backend == 'torch' and 'VOXCONV_DISABLE_COMPILED' in e.reason, e\n"
+        "y = voxconv.depthwise_conv3d(x, w, padding='same', stride=2)\n"
+        "z = voxconv.reference.depthwise_conv3d(x, w, padding='same', stride=2)\n"
+        "torch.testing.assert_close(y, z)\n"
+        "try:\n"
+        "    with voxconv.use_backend('cpu'): voxconv.depthwise_conv3d(x, w)\n"
+        "except NotImplementedError as error: assert 'VOXCONV_DISABLE_COMPILED' in str(error)\n"
+        "else: raise SystemExit('use_backend did not refuse')\n"
+    )
+    environment = os.environ | {"VOXCONV_DISABLE_COMPILED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs of every row of the table, in every dtype and through every kernel, by the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import voxconv
+from cases import CHANNELS_LAST, Case, select
+from testing import (
+    DTYPES,
+    PATHS,
+    assert_accurate,
+    by_torch,
+    dtype_id,
+    on,
+    oracle_passes,
+    ours,
+    reference,
+    summands,
+    torch_forward,
+)
+
+
+def _check(case: Case, dtype: torch.dtype, layout: str = "ncdhw") -> None:
+    x, weight, bias, _ = case.make(dtype, layout=layout)
+    got = ours(case, x, weight, bias)
+    assert got.dtype == dtype
+    assert_accurate(
+        f"{case} forward",
+        got,
+        oracle_passes(case, dtype)["forward"],
+        torch_forward(case, dtype),
+        taps=summands(case, "forward"),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", select("smoke", "odd", "edge"), ids=str)
+def test_direct(case: Case, dtype: torch.dtype) -> None:
+    with on("direct"):
+        _check(case, dtype)
+
+
+@pytest.mark.parametrize("case", select("smoke", "odd", "edge"), ids=str)
+def test_direct_channels_last(case: Case) -> None:
+    with on("direct"):
+        _check(case, torch.float32, CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", select("smoke"), ids=str)
+def test_as_dispatched(case: Case, dtype: torch.dtype) -> None:
+    _check(case, dtype)
+
+
+@pytest.mark.parametrize("case", select("smoke", "odd", "edge"), ids=str)
+def test_through_torch(case: Case) -> None:
+    """The fallback takes what torch alone refuses: pairs, "same" with a stride, modes."""
+    with on("torch"):
+        _check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(
+    "case", [c for c in select("smoke", "fft") if c.mode == "zeros" and "edge" in c.tags], ids=str
+)
+def test_through_fft(case: Case, dtype: torch.dtype) -> None:
+    with on("fft"):
+        _check(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("case", select("model", "bar"), ids=str)
+def test_layers_of_models_scaled_down(case: Case, dtype: torch.dtype) -> None:
+    _check(case.small(), dtype, case.layout)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", select("smoke"), ids=str)
+def test_without_bias(case: Case, path: str) -> None:
+    if path == "fft" and case.mode != "zeros":
+        pytest.skip("the FFT pads with zeros")
+    x, weight, _, _ = case.make()
+    with on(path):
+        got = ours(case, x, weight, None)
+    oracle = reference(case, x.double(), weight.double(), None)
+    assert_accurate(
+        f"{case} without bias", got, oracle, by_torch(case, x, weight, None), taps=case.taps
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", [c for c in select("smoke") if not c.transposed], ids=str)
+def test_raw_op_is_the_function(case: Case, dtype: torch.dtype) -> None:
+    """The op takes canonical arguments; nothing is lost on the way down to it."""
+    x, weight, bias, _ = case.make(dtype)
+    pads = [side for pair in case.pads for side in pair]
+    mode = ("zeros", "replicate", "reflect", "circular").index(case.mode)
+    got = torch.ops.voxconv.depthwise_forward(
+        x, weight, bias, case.stride, pads, case.dilation, mode
+    )
+    with on("direct"):
+        assert torch.equal(got, ours(case, x, weight, bias))
+
+
+@pytest.mark.parametrize("case", select("smoke"), ids=str)
+def test_drop_ins_pick_depthwise(case: Case) -> None:
+    """``conv3d`` with groups equal to the channels is the depthwise function."""
+    x, weight, bias, _ = case.make()
+    groups = {"groups": case.channels}
+    op = voxconv.conv_transpose3d if case.transposed else voxconv.conv3d
+    assert torch.equal(op(x, weight, bias, **case.kwargs() | groups), ours(case, x, weight, bias))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        pytest.param({"padding": 1}, id="padding1"),
+        pytest.param({"padding": ((0, 2), (1, 0), (2, 2)), "stride": 2}, id="pairs"),
+        pytest.param({"padding": "same", "stride": (1, 2, 3)}, id="same_stride"),
+        pytest.param({"padding": "valid", "dilation": 2}, id="valid_dilation"),
+        pytest.param({"padding": 1, "padding_mode": "reflect"}, id="reflect"),
+        pytest.param({"padding": "same", "padding_mode": "circular", "stride": 2}, id="circular"),
+    ],
+)
+def test_dense_falls_to_torch(groups: int, geometry: dict) -> None:
+    """A dense or grouped ``conv3d`` runs too, with the paddings that torch itself refuses."""
+    x, bias = torch.randn(2, 4, 7, 8, 9), torch.randn(6)
+    weight = torch.randn(6, 4 // groups, 3, 3, 3) / 10
+    got = voxconv.conv3d(x, weight, bias, groups=groups, **geometry)
+    oracle = voxconv.reference.conv3d(
+        x.double(), weight.double(), bias.double(), groups=groups, **geometry
+    )
+    assert_accurate("dense", got, oracle, taps=27 * 4)
+
+
+def test_dense_transposed_falls_to_torch() -> None:
+    x, weight, bias = torch.randn(2, 4, 3, 4, 5), torch.randn(4, 3, 3, 3, 3), torch.randn(6)
+    args = (2, 1, 1, 2)
+    got = voxconv.conv_transpose3d(x, weight, bias, *args)
+    assert torch.equal(got, torch.nn.functional.conv_transpose3d(x, weight, bias, *args))

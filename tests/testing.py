@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a result is judged: against the float64 oracle, and against torch in the same dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import voxconv
+from cases import Case, Tensors
+from voxconv import _dispatch, functional
+
+MALLOC_FILL = 0xFE  # about -1.7e38 in float32 and bfloat16, -5e303 in float64, NaN in float16
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+PATHS = ("direct", "fft", "torch")
+PASSES = ("forward", "grad_input", "grad_weight", "grad_bias")
+
+Conv = Callable[[Case, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def accumulation_eps(dtype: torch.dtype) -> float:
+    """Halves add in float32."""
+    return torch.finfo(torch.float32 if dtype in HALVES else dtype).eps
+
+
+def rms(t: torch.Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def assert_accurate(
+    name: str,
+    got: torch.Tensor,
+    oracle64: torch.Tensor,
+    torch_same_dtype: torch.Tensor | None = None,
+    *,
+    taps: int = 1,
+) -> None:
+    """Holds ``got`` to what its arithmetic can give, where ``taps`` products make one output.
+
+    With eps(out) of the output dtype, eps(acc) of the accumulator and E = got - oracle64:
+
+    - RMS(E) <= (eps(out)/2 + eps(acc) sqrt(taps)) RMS(oracle): rounded once, added at random;
+    - max|E| <= eps(out)|oracle| + 16 eps(acc) sqrt(taps) RMS(oracle): no single output is wrong;
+    - the mean of E and its share along the oracle vanish: no offset, no wrong gain;
+    - RMS(E) <= 2 x torch's own, down to one rounding of the output.
+    """
+    assert got.shape == oracle64.shape, f"{name}: shape {got.shape}, expected {oracle64.shape}"
+    assert oracle64.dtype == torch.float64, f"{name}: the oracle is {oracle64.dtype}"
+    if got.numel() == 0:
+        return
+    out_eps = torch.finfo(got.dtype).eps
+    sum_eps = accumulation_eps(got.dtype) * math.sqrt(taps)
+    error, scale = got.double() - oracle64, rms(oracle64)
+    ours = rms(error)
+    theirs = None if torch_same_dtype is None else rms(torch_same_dtype.double() - oracle64)
+    figures = (
+        f"{name}: RMS error {_relative(ours, scale)}, torch's {_relative(theirs, scale)}"
+        f" (of RMS {scale:.3g}; {dtype_id(got.dtype)}, {taps} taps)"
+    )
+    allowed = (out_eps / 2 + sum_eps) * scale
+    assert ours <= allowed, f"{figures}; allowed {_relative(allowed, scale)}"
+
+    limit = out_eps * oracle64.abs() + 16 * sum_eps * scale
+    worst = int((error.abs() - limit).argmax())
+    assert error.flatten()[worst].abs() <= limit.flatten()[worst], (
+        f"{figures}; at {_place(worst, got.shape)} {got.flatten()[worst]:.8g}"
+        f" for {oracle64.flatten()[worst]:.8g}"
+    )
+    different = oracle64.unique().numel()  # copies of one output share its error
+    chance = 8 * ours / math.sqrt(different) + out_eps * scale / 8
+    assert error.mean().abs() <= chance, f"{figures}; mean error {error.mean():.3g} > {chance:.3g}"
+    if scale > 0:
+        gain = (error * oracle64).mean().abs() / scale
+        assert gain <= chance, f"{figures}; error along the result {gain:.3g} > {chance:.3g}"
+    if theirs is not None:
+        twice = max(2 * theirs, out_eps * scale)
+        assert ours <= twice, f"{figures}; more than twice torch's"
+
+
+def _relative(value: float | None, scale: float) -> str:
+    return "unknown" if value is None else f"{value / scale if scale else value:.3g}"
+
+
+def _place(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    place = []
+    for length in reversed(shape):
+        flat, i = divmod(flat, length)
+        place.append(i)
+    return tuple(reversed(place))
+
+
+@contextmanager
+def on(path: str | None) -> Iterator[None]:
+    """Sends every call inside to one kernel of the CPU, or to torch; None lets the rules choose."""
+    if path in (None, "torch"):
+        with voxconv.use_backend(path):
+            yield
+        return
+    choice = _dispatch.Choice("cpu", path, "asked for by a test")
+    functional._calls.clear()
+    with (
+        mock.patch.object(_dispatch, "_cpu_kernel", return_value=choice),
+        voxconv.use_backend("cpu"),
+    ):
+        yield
+    functional._calls.clear()
+
+
+@contextmanager
+def ops_called() -> Iterator[set[str]]:
+    """Names of the ops that reach the dispatcher inside, as "voxconv::depthwise_forward"."""
+    called: set[str] = set()
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.add(func.name().split(".")[0])
+            return func(*args, **kwargs or {})
+
+    with Listen():
+        yield called
+
+
+def ours(
+    case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The row through the public function."""
+    op = voxconv.conv_transpose3d if case.transposed else voxconv.depthwise_conv3d
+    return op(x, weight, bias, **case.kwargs())
+
+
+def reference(
+    case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The row through the package's oracle, in the dtype of the tensors."""
+    ref = voxconv.reference
+    op = ref.conv_transpose3d if case.transposed else ref.depthwise_conv3d
+    return op(x, weight, bias, **case.kwargs())
+
+
+def by_torch(
+    case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The row as a user would write it with torch alone: a padded copy and ``F.conv3d``."""
+    if case.transposed:
+        pads = tuple(before for before, _ in case.pads)
+        return F.conv_transpose3d(
+            x,
+            weight,
+            bias,
+            case.stride,
+            pads,
+            case.output_padding,
+            case.channels,
+            case.dilation,
+        )
+    if case.mode == "zeros" and all(a == b for a, b in case.pads):
+        pads = tuple(a for a, _ in case.pads)
+        return F.conv3d(x, weight, bias, case.stride, pads, case.dilation, case.channels)
+    flat = [side for pair in reversed(case.pads) for side in pair]
+    wide = x if case.mode == "zeros" or x.dtype not in HALVES else x.float()
+    padded = F.pad(wide, flat, "constant" if case.mode == "zeros" else case.mode).to(x.dtype)
+    return F.conv3d(padded, weight, bias, case.stride, 0, case.dilation, case.channels)
+
+
+def all_passes(conv: Conv, case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Output and the three gradients of one row, keyed as in ``PASSES``."""
+    x, weight, bias = (t.detach().requires_grad_() for t in tensors[:3])
+    y = conv(case, x, weight, bias)
+    grads = torch.autograd.grad(y, (x, weight, bias), tensors.grad)
+    return dict(zip(PASSES, (y.detach(), *grads), strict=True))
+
+
+@lru_cache(maxsize=256)
+def oracle_passes(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    """``all_passes`` of the oracle, in float64, on the values the tensors have in ``dtype``."""
+    return all_passes(reference, case, Tensors(*(t.double() for t in case.make(dtype, seed))))
+
+
+@lru_cache(maxsize=256)
+def torch_passes(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor] | None:
+    """``all_passes`` of torch in ``dtype``; None where torch has no kernel for it."""
+    try:
+        return all_passes(by_torch, case, case.make(dtype, seed, layout="ncdhw"))
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+@lru_cache(maxsize=256)
+def torch_forward(case: Case, dtype: torch.dtype, seed: int = 0) -> torch.Tensor | None:
+    """Torch's output alone: it has halves of more forwards than backwards."""
+    try:
+        return by_torch(case, *case.make(dtype, seed, layout="ncdhw")[:3])
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def summands(case: Case, which: str) -> int:
+    """How many products are added up for one number of a pass."""
+    if which in ("forward", "grad_input"):
+        return case.taps + 1
+    return case.n * math.prod(case.size if case.transposed else case.out_size)
+
+
+def assert_case(
+    case: Case, tensors: Tensors, dtype: torch.dtype, conv: Conv = ours, *, versus_torch: bool
+) -> None:
+    """All four passes of a row held to :func:`assert_accurate`; seed 0 values, any strides."""
+    theirs = torch_passes(case, dtype) if versus_torch else None
+    oracle = oracle_passes(case, dtype)
+    for which, got in all_passes(conv, case, tensors).items():
+        assert got.dtype == dtype
+        assert_accurate(
+            f"{case} {which}",
+            got,
+            oracle[which],
+            theirs and theirs[which],
+            taps=summands(case, which),
+        )
+
+
+def bitwise_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The same bits everywhere (so NaN equals NaN and 0.0 differs from -0.0)."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
