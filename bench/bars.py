@@ -5,7 +5,8 @@
     python bench/bars.py --only dilation    # the bars with this word in their name
     python bench/bars.py --json             # results/<device>/bars.json and suite.json
 
-The exit status is 1 if a bar is missed. Kernel rows are timed one pass at a time.
+The exit status is 1 if a bar is missed, or if other processes kept the machine busy.
+Kernel rows are timed one pass at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 import _path  # noqa: F401
 import voxconv
 from cases import BY_NAME, CHANNELS_LAST, NCDHW, select
-from conditions import AUTO, Others, conditions, one_line, write_json
+from conditions import AUTO, BUSY, Others, conditions, one_line, write_json
 from rivals import OURS, TORCH_LAYOUTS, Problem, make_call
 from roofline import summary
 from rows import Bench, Options, Row, geomean
@@ -253,7 +254,9 @@ def main() -> None:
                 announce(verdicts[-1], args.verbose)
     where["others_cpu"] = others.share
     print("\n" + "\n".join(map(line, verdicts)))
-    print(f"{sum(v['holds'] for v in verdicts)} of {len(verdicts)} bars hold")
+    busy = (others.share or 0.0) > BUSY
+    void = "; not valid, the machine was busy" if busy else ""
+    print(f"{sum(v['holds'] for v in verdicts)} of {len(verdicts)} bars hold{void}")
     print(f"{one_line(where)}; {time.monotonic() - started:.0f} s")
     if args.json:
         content = {"conditions": where, "roofs": summary(lab.bench.roofs)}
@@ -262,7 +265,7 @@ def main() -> None:
             path = AUTO if args.json == AUTO else args.json.with_stem(args.json.stem + "_suite")
             written = write_json(path, "suite", "cpu", content | {"rows": lab.suite_rows})
             print(f"wrote {written}")
-    if not all(v["holds"] for v in verdicts):
+    if busy or not all(v["holds"] for v in verdicts):
         raise SystemExit(1)
 
 
