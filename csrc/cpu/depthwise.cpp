@@ -157,7 +157,7 @@ int64_t planes_of_run(const CorrelateArgs& a, const Tensor& source) {
 }
 
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
-  return {batch, channels, lanes, batch > 1 && is_channels_last_3d(tensor)};
+  return {batch, channels, lanes, is_channels_last_3d(tensor)};
 }
 
 // Runs one of the two directions: `target` = bias + source * weight.
