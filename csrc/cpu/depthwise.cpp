@@ -2,6 +2,10 @@
 // The CPU ops of the depthwise family: tensors in, plans and tilings made, kernels run in parallel.
 #include "../common/stable.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -14,7 +18,7 @@ namespace voxconv {
 namespace {
 
 // Staged planes and sums of one piece should fit a private L2 next to the weights.
-constexpr int64_t kWorkingSetBytes = 640 << 10;
+constexpr int64_t kWorkingSetBytes = 768 << 10;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -49,6 +53,21 @@ void* scratch(size_t bytes) {
   return memory.get();
 }
 
+// A large result is fresh memory, and a page fault for every 4 KiB of it costs more than many a
+// convolution: ask for huge pages where the system leaves that to us.
+void advise_huge_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+#endif
+}
+
 Strided strided(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1),
           tensor.stride(2),          tensor.stride(3), tensor.stride(4)};
@@ -64,8 +83,13 @@ Conv3dShape make_shape(int64_t batch, int64_t channels, int64_t multiplier, cons
   Conv3dShape shape{batch, channels, multiplier, {}, static_cast<int>(mode)};
   for (int i = 0; i < 3; ++i) {
     Axis& axis = shape.axis[i];
-    axis = {in[i],       0, kernel[i], stride[i], kernel[i] == 1 ? 1 : dilation[i],
-            padding[2 * i], padding[2 * i + 1]};
+    axis = {in[i],
+            0,
+            kernel[i],
+            stride[i],
+            kernel[i] == 1 ? 1 : dilation[i],
+            padding[2 * i],
+            padding[2 * i + 1]};
     VOXCONV_CHECK(axis.in > 0 && axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 &&
                       axis.before >= 0 && axis.after >= 0,
                   "voxconv: size, kernel, stride and dilation must be positive");
@@ -127,33 +151,40 @@ int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
   return high < low ? 0 : high - low + 1;
 }
 
+// The blocks of a channels-last tensor that are staged together, at most.
+constexpr int64_t kGroup = 4;
+
 // Cuts axis h into the fewest equal pieces whose staged planes and sums fit the working set.
-Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes) {
+Tiling tiling_of_group(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes,
+                       int64_t group) {
   const auto rows = static_cast<int64_t>(h.begin.size()) - 1;
-  Tiling tiling{most_sources(d), 1, 0, 0, 0};
-  for (;; ++tiling.tiles) {
+  Tiling tiling{most_sources(d), 0, 0, 0, group, 1};
+  int64_t bytes = 0;
+  do {
+    ++tiling.tiles;
     tiling.tile_rows = (rows + tiling.tiles - 1) / tiling.tiles;
     tiling.slot_rows = 1;
     for (int64_t h0 = 0; h0 < rows; h0 += tiling.tile_rows)
-      tiling.slot_rows = std::max(
-          tiling.slot_rows, source_rows(h, h0, std::min(rows, h0 + tiling.tile_rows)));
-    const int64_t bytes = cell_bytes * (tiling.slots * tiling.slot_rows * row.staged() +
-                                        tiling.tile_rows * row.size);
-    // Short pieces stage the rows they share with their neighbours too often.
-    if (bytes <= kWorkingSetBytes || tiling.tile_rows <= 2 * h.longest()) break;
-  }
+      tiling.slot_rows =
+          std::max(tiling.slot_rows, source_rows(h, h0, std::min(rows, h0 + tiling.tile_rows)));
+    bytes = group * cell_bytes *
+            (tiling.slots * tiling.slot_rows * row.staged() + tiling.tile_rows * row.size);
+    // Shorter pieces would stage the rows they share with their neighbours too often.
+  } while (bytes > kWorkingSetBytes && tiling.tile_rows > 4 * h.longest());
+  if (group > 1 && bytes > kWorkingSetBytes) return tiling_of_group(d, h, row, cell_bytes, 1);
   tiling.tiles = (rows + tiling.tile_rows - 1) / tiling.tile_rows;
   return tiling;
 }
 
-// In channels-last the blocks of an item share cache lines and pages: they take turns over runs of
-// planes that fit a share of the last cache. Elsewhere a block runs through all planes.
-int64_t planes_of_run(const CorrelateArgs& a, const Tensor& source) {
-  constexpr int64_t kRunBytes = 4 << 20, kShortestRun = 4;
-  if (a.source.c != 1 || a.map.channels <= a.map.lanes) return a.target_size[0];
-  const int64_t plane_bytes = source.size(1) * source.size(3) * source.size(4) * source.element_size();
-  return std::clamp(kRunBytes / plane_bytes * a.target_size[0] / a.source_size[0], kShortestRun,
-                    std::max(kShortestRun, a.target_size[0]));
+// `adjacent`: the channels of the source are neighbours in memory.
+Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes,
+                   const LaneMap& map, bool adjacent, int64_t plane_step) {
+  int64_t group = adjacent ? std::min(map.blocks_per_item(), kGroup) : 1;
+  while (map.blocks_per_item() % group != 0) --group;  // threads get equal shares
+  Tiling tiling = tiling_of_group(d, h, row, cell_bytes, group);
+  const auto planes = static_cast<int64_t>(d.begin.size()) - 1;
+  tiling.plane_step = plane_step < planes ? plane_step : 1;
+  return tiling;
 }
 
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
@@ -165,6 +196,7 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
                    bool backwards, const Tensor& source, const Tensor& weight, const void* bias,
                    Tensor& target) {
   if (target.numel() == 0) return;
+  advise_huge_pages(target);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
   CorrelateArgs a;
   a.source = strided(source);
@@ -182,8 +214,10 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes);
-  a.tiling.run = planes_of_run(a, source);
+  const Axis& depth = shape.axis[0];
+  const int64_t step = depth.dilation / std::gcd(depth.stride, depth.dilation);
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch,
+                         backwards && depth.stride > 1 ? 1 : step);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
@@ -229,15 +263,15 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
                 "voxconv: weight must be [channels, multiplier, kd, kh, kw]");
   check_same(grad, weight);
   const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const Conv3dShape shape = make_shape(grad.size(0), channels, multiplier, size.data(), kernel, stride,
-                                       padding, dilation, mode);
+  const Conv3dShape shape = make_shape(grad.size(0), channels, multiplier, size.data(), kernel,
+                                       stride, padding, dilation, mode);
   const Axis* axis = shape.axis;
-  VOXCONV_CHECK(grad.size(2) == axis[0].out && grad.size(3) == axis[1].out &&
-                    grad.size(4) == axis[2].out,
-                "voxconv: grad does not have the size of the output");
+  VOXCONV_CHECK(
+      grad.size(2) == axis[0].out && grad.size(3) == axis[1].out && grad.size(4) == axis[2].out,
+      "voxconv: grad does not have the size of the output");
   Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
-  const Links d = repeat_links(grad_input_links(axis[0], shape.mode), shape.multiplier,
-                               axis[0].out, axis[0].kernel);
+  const Links d = repeat_links(grad_input_links(axis[0], shape.mode), shape.multiplier, axis[0].out,
+                               axis[0].kernel);
   run_correlate(shape, d, grad_input_links(axis[1], shape.mode),
                 grad_input_row(axis[2], shape.mode), true, grad, contiguous(weight), nullptr, x);
   return x;
@@ -282,7 +316,8 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
                                        stride, padding, dilation, mode);
   const Axis* axis = shape.axis;
   for (int i = 0; i < 3; ++i)
-    VOXCONV_CHECK(grad.size(2 + i) == axis[i].out, "voxconv: grad does not have the size of the output");
+    VOXCONV_CHECK(grad.size(2 + i) == axis[i].out,
+                  "voxconv: grad does not have the size of the output");
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
   if (shape.batch == 0) return torch::stable::zero_(weight);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(x));
@@ -301,15 +336,18 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes);
-  const int64_t most = std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes,
-                                                     kTasks / a.map.blocks()));
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch,
+                         axis[0].dilation / std::gcd(axis[0].stride, axis[0].dilation));
+  const int64_t most =
+      std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes, kTasks / a.map.blocks()));
   a.chunk_planes = (axis[0].out + most - 1) / most;
   a.chunks = (axis[0].out + a.chunk_planes - 1) / a.chunk_planes;
   const size_t bytes = kernels.grad_weight_scratch(a);
   std::unique_ptr<void, decltype(&std::free)> partial(
-      std::aligned_alloc(64, static_cast<size_t>(a.tasks() * shape.taps() * kernels.cell_bytes + 63) /
-                                 64 * 64),
+      std::aligned_alloc(
+          64,
+          static_cast<size_t>(a.chunks * a.map.blocks() * shape.taps() * kernels.cell_bytes + 63) /
+              64 * 64),
       std::free);
   VOXCONV_CHECK(partial != nullptr, "voxconv: no memory for partial sums");
   a.partial = partial.get();

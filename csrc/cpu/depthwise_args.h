@@ -53,16 +53,41 @@ struct LaneMap {
   }
 };
 
-// How planes and rows are cut so that a thread's working set stays in its caches. Units of work, one
-// destination plane of a piece of a block each, run in the order item, run of planes, block, piece,
-// plane: blocks that read the same cache lines (channels-last) follow each other closely.
+// How work is cut so that what a thread touches stays in its caches.
 struct Tiling {
-  int64_t slots;      // source planes held at a time
-  int64_t tiles;      // pieces of axis h
-  int64_t tile_rows;  // destination rows of a piece
-  int64_t slot_rows;  // source rows of a piece, at most
-  int64_t run;        // destination planes of a run
+  int64_t slots;       // source planes held at a time
+  int64_t tiles;       // pieces of axis h
+  int64_t tile_rows;   // destination rows of a piece
+  int64_t slot_rows;   // source rows of a piece, at most
+  int64_t group;       // blocks staged together, row by row: channels-last neighbours share pages
+  int64_t plane_step;  // planes are visited in this step, so that dilated neighbours share sources
+
+  // Plane number i of the order 0, step, 2 step, ..., 1, 1 + step, ...
+  int64_t plane_at(int64_t i, int64_t planes) const {
+    const int64_t shorter = planes / plane_step, longer = planes % plane_step;
+    const int64_t first = longer * (shorter + 1);  // planes in the classes of one more plane
+    if (i < first) return i / (shorter + 1) + i % (shorter + 1) * plane_step;
+    return longer + (i - first) / shorter + (i - first) % shorter * plane_step;
+  }
 };
+
+// Consecutive blocks of one group.
+struct Group {
+  int64_t first, count;
+};
+
+inline int64_t groups_of(const LaneMap& map, const Tiling& tiling) {
+  const int64_t item = map.split_batch ? map.blocks_per_item() : map.blocks();
+  return (item + tiling.group - 1) / tiling.group * (map.blocks() / item);
+}
+
+inline Group group_at(const LaneMap& map, const Tiling& tiling, int64_t index) {
+  const int64_t item = map.split_batch ? map.blocks_per_item() : map.blocks();
+  const int64_t per_item = (item + tiling.group - 1) / tiling.group;
+  const int64_t first = index % per_item * tiling.group;
+  return {index / per_item * item + first,
+          item - first < tiling.group ? item - first : tiling.group};
+}
 
 // target = bias + sum over taps of source * weight: forward, and grad_input read backwards.
 // Target channel c reads source channels c / divide * gather + j and weights c * gather + j for
@@ -78,27 +103,13 @@ struct CorrelateArgs {
   RowView w;
   Tiling tiling;
 
-  int64_t units() const { return map.blocks() * tiling.tiles * target_size[0]; }
+  // One unit of work is a destination plane of a piece of a group.
+  int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }
 };
 
-struct Unit {
-  int64_t block, piece, plane;
-};
-
-inline Unit unit_at(const CorrelateArgs& a, int64_t index) {
-  const int64_t blocks = a.map.split_batch ? a.map.blocks_per_item() : a.map.blocks();
-  const int64_t columns = blocks * a.tiling.tiles, planes = a.target_size[0];
-  const int64_t item = index / (columns * planes);
-  index %= columns * planes;
-  const int64_t first = index / (columns * a.tiling.run) * a.tiling.run;
-  const int64_t run = planes - first < a.tiling.run ? planes - first : a.tiling.run;
-  index -= first * columns;
-  return {item * blocks + index / run / a.tiling.tiles, index / run % a.tiling.tiles,
-          first + index % run};
-}
-
-// weight gradient: partial[task][tap][lane], task = chunk * blocks + block, summed by the caller
-// over batch and chunks. Channel c of grad meets channel c / divide of x. Links as in forward.
+// weight gradient: partial[chunk * blocks + block][tap][lane], summed by the caller over batch and
+// chunks. One task is a chunk of planes of a group. Channel c of grad meets channel c / divide of
+// x. Links as in forward.
 struct GradWeightArgs {
   Strided grad, x;
   void* partial;
@@ -109,7 +120,7 @@ struct GradWeightArgs {
   RowView w;
   Tiling tiling;
   int64_t chunks, chunk_planes;
-  int64_t tasks() const { return map.blocks() * chunks; }
+  int64_t tasks() const { return groups_of(map, tiling) * chunks; }
 };
 
 // The kernels of one instruction set for one element type.

@@ -167,9 +167,8 @@ RowPlan grad_input_row(const Axis& axis, int mode) {
   plan.kept = static_cast<int32_t>(axis.in);
   for (int64_t i = -axis.before; i < axis.in + axis.after; ++i)
     if (i < 0 || i >= axis.in)
-      plan.folds.push_back(
-          {static_cast<int32_t>(i + axis.before),
-           static_cast<int32_t>(source_index(i, axis.in, mode) + axis.before)});
+      plan.folds.push_back({static_cast<int32_t>(i + axis.before),
+                            static_cast<int32_t>(source_index(i, axis.in, mode) + axis.before)});
   return plan;
 }
 

@@ -9,7 +9,8 @@
 
 namespace voxconv {
 
-// Destination index i on axis d or h is the sum over its links of source[link.source] * w[link.tap].
+// Destination index i on axis d or h is the sum over its links of source[link.source] *
+// w[link.tap].
 struct Link {
   int32_t source, tap;
 };
@@ -37,8 +38,8 @@ struct Fold {
   int32_t from, to;
 };
 
-// Axis w of a pass. A staged row is `left` margin cells, the `source_size` cells of the source, then
-// `right` margin cells. Margins are zero, or copies of cells of the row (`margin`).
+// Axis w of a pass. A staged row is `left` margin cells, the `source_size` cells of the source,
+// then `right` margin cells. Margins are zero, or copies of cells of the row (`margin`).
 // Destinations are computed on `size` positions, of which [keep, keep + kept) are stored after
 // `folds` have been added (grad_input of a padding mode that reads a cell more than once).
 struct RowPlan {

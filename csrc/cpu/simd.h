@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of kVectorBytes with GCC vector extensions. Included once per instruction set, inside that
-// set's namespace (foreach_target.h), so that everything here is compiled for that set.
-// Only own templates and plain data: a std:: template instantiated here could be merged by the
-// linker with the one of another instruction set.
+// Vectors of kVectorBytes with GCC vector extensions. Included once per instruction set, inside
+// that set's namespace (foreach_target.h), so that everything here is compiled for that set. Only
+// own templates and plain data: a std:: template instantiated here could be merged by the linker
+// with the one of another instruction set.
 
 template <class T>
 struct VecOf {
@@ -36,9 +36,9 @@ VOXCONV_INLINE constexpr void unroll(const F& f) {
   unroll_from<0, N>(f);
 }
 
-// Makes the compiler hold v in a register from here on. Without it GCC reads a cell from memory again
-// for each multiply-add that uses it (one load each: the load port becomes the limit), and keeps
-// sixteen store addresses alive across the loop.
+// Makes the compiler hold v in a register from here on. Without it GCC reads a cell from memory
+// again for each multiply-add that uses it (one load each: the load port becomes the limit), and
+// keeps sixteen store addresses alive across the loop.
 template <class V>
 VOXCONV_INLINE void pin(V& v) {
 #if defined(__x86_64__)
