@@ -420,3 +420,11 @@ BY_NAME = {case.name: case for case in CASES}
 def select(*tags: str) -> list[Case]:
     """The rows that carry any of ``tags``, in table order."""
     return [case for case in CASES if set(tags) & set(case.tags)]
+
+
+def scaled_down(*tags: str) -> list[Case]:
+    """``small()`` of those rows, without the ones that become the same problem."""
+    unique: dict[Case, Case] = {}
+    for case in map(Case.small, select(*tags)):
+        unique.setdefault(replace(case, name="", tags=(), source=""), case)
+    return list(unique.values())

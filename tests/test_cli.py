@@ -130,7 +130,7 @@ class TestDemo:
         assert "block 16 x 16 x 16 voxels" in text
         assert "of 68 3-D convolutions swapped" in text
         assert "1 threads" in text
-        for word in ("torch, channels_last_3d", "peak memory", "gradients", "median"):
+        for word in ("voxconv, channels_last_3d", "peak memory", "gradients", "Medians"):
             assert word in text
         assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -141,7 +141,7 @@ class TestDemo:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        x = torch.ones(1, 3, 8, 8, 8)
+        x = torch.ones(1, 3, 16, 16, 16)
         runs = [
             demo.Run(name, x * value, {"w": torch.ones(1)}, 1.0, 1.0, 2.0, None)
             for name, value in (("torch", 1.0), ("voxconv", 1.1))
@@ -320,11 +320,10 @@ def test_measure_restores_the_weights() -> None:
         model,
         torch.randn(1, 1, 4, 4, 4),
         torch.zeros(1, 4, 4, 4, dtype=torch.long),
-        forwards=2,
-        steps=3,
+        steps=4,
         tick=lambda: ticks.append(1),
     )
-    assert len(ticks) == 2 + 2 + 3
+    assert len(ticks) == 2 + demo.FORWARDS + 4
     assert run.forward > 0
     assert run.step > 0
     assert set(run.gradients) == {"weight", "bias"}

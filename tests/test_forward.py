@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import voxconv
-from cases import CHANNELS_LAST, Case, select
+from cases import CHANNELS_LAST, Case, scaled_down, select
 from testing import (
     DTYPES,
     PATHS,
@@ -72,9 +72,9 @@ def test_through_fft(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("case", select("model", "bar"), ids=str)
+@pytest.mark.parametrize("case", scaled_down("model", "bar"), ids=str)
 def test_layers_of_models_scaled_down(case: Case, dtype: torch.dtype) -> None:
-    _check(case.small(), dtype, case.layout)
+    _check(case, dtype, case.layout)
 
 
 @pytest.mark.parametrize("path", PATHS)

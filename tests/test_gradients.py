@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import CHANNELS_LAST, Case, select
+from cases import CHANNELS_LAST, Case, scaled_down, select
 from testing import DTYPES, PATHS, assert_case, by_torch, dtype_id, on, ops_called, ours, reference
 
 
@@ -44,10 +44,9 @@ def test_through_fft(case: Case, dtype: torch.dtype) -> None:
         assert_case(case, case.make(dtype), dtype, versus_torch=True)
 
 
-@pytest.mark.parametrize("case", select("model", "bar"), ids=str)
+@pytest.mark.parametrize("case", scaled_down("model", "bar"), ids=str)
 def test_layers_of_models_scaled_down(case: Case) -> None:
-    small = case.small()
-    assert_case(small, small.make(), torch.float32, versus_torch=True)
+    assert_case(case, case.make(), torch.float32, versus_torch=True)
 
 
 def _tiny(name: str, **fields: object) -> Case:

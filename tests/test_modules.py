@@ -62,6 +62,7 @@ def _close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS)
 class TestLikeTorch:
     def test_init_is_bitwise_torchs(

@@ -54,7 +54,9 @@ def assert_accurate(
     - RMS(E) <= (eps(out)/2 + eps(acc) sqrt(taps)) RMS(oracle): rounded once, added at random;
     - max|E| <= eps(out)|oracle| + 16 eps(acc) sqrt(taps) RMS(oracle): no single output is wrong;
     - the mean of E and its share along the oracle vanish: no offset, no wrong gain;
-    - RMS(E) <= 2 x torch's own, down to one rounding of the output.
+    - RMS(E) <= 2 x torch's own, or what one rounding and adding the products one after the other
+      cost, a quarter of the first bound: on small problems torch happens to add in a tree. (Not in
+      float64, where the oracle errs as much.)
     """
     assert got.shape == oracle64.shape, f"{name}: shape {got.shape}, expected {oracle64.shape}"
     assert oracle64.dtype == torch.float64, f"{name}: the oracle is {oracle64.dtype}"
@@ -79,13 +81,13 @@ def assert_accurate(
         f" for {oracle64.flatten()[worst]:.8g}"
     )
     different = oracle64.unique().numel()  # copies of one output share its error
-    chance = 8 * ours / math.sqrt(different) + out_eps * scale / 8
+    chance = 8 * ours / math.sqrt(different) + (out_eps / 8 + accumulation_eps(got.dtype)) * scale
     assert error.mean().abs() <= chance, f"{figures}; mean error {error.mean():.3g} > {chance:.3g}"
     if scale > 0:
         gain = (error * oracle64).mean().abs() / scale
         assert gain <= chance, f"{figures}; error along the result {gain:.3g} > {chance:.3g}"
-    if theirs is not None:
-        twice = max(2 * theirs, out_eps * scale)
+    if theirs is not None and got.dtype != torch.float64:
+        twice = max(2 * theirs, (out_eps / 2 + sum_eps / 4) * scale)
         assert ours <= twice, f"{figures}; more than twice torch's"
 
 
@@ -184,13 +186,25 @@ def all_passes(conv: Conv, case: Case, tensors: Tensors) -> dict[str, torch.Tens
 
 @lru_cache(maxsize=256)
 def oracle_passes(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
-    """``all_passes`` of the oracle, in float64, on the values the tensors have in ``dtype``."""
-    return all_passes(reference, case, Tensors(*(t.double() for t in case.make(dtype, seed))))
+    """``all_passes`` of the oracle, in float64, on the values the tensors have in ``dtype``.
+
+    Kernels too long for a loop over the taps take F.conv3d in float64, which test_reference holds
+    against that loop.
+    """
+    oracle = reference if case.taps <= 400 else by_torch
+    return all_passes(oracle, case, Tensors(*(t.double() for t in case.make(dtype, seed))))
+
+
+def _hangs_torch(case: Case, dtype: torch.dtype) -> bool:
+    """oneDNN's bfloat16 kernel (torch 2.13, AVX512-BF16) never returns from rows like these."""
+    return dtype == torch.bfloat16 and case.kernel[2] >= 15
 
 
 @lru_cache(maxsize=256)
 def torch_passes(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor] | None:
     """``all_passes`` of torch in ``dtype``; None where torch has no kernel for it."""
+    if _hangs_torch(case, dtype):
+        return None
     try:
         return all_passes(by_torch, case, case.make(dtype, seed, layout="ncdhw"))
     except (NotImplementedError, RuntimeError):
@@ -200,6 +214,8 @@ def torch_passes(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tor
 @lru_cache(maxsize=256)
 def torch_forward(case: Case, dtype: torch.dtype, seed: int = 0) -> torch.Tensor | None:
     """Torch's output alone: it has halves of more forwards than backwards."""
+    if _hangs_torch(case, dtype):
+        return None
     try:
         return by_torch(case, *case.make(dtype, seed, layout="ncdhw")[:3])
     except (NotImplementedError, RuntimeError):

@@ -107,6 +107,15 @@ void check_same(const Tensor& a, const Tensor& b) {
   VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
 }
 
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& like,
+                                   int64_t channels) {
+  if (!bias) return bias;
+  VOXCONV_CHECK(bias->dim() == 1 && bias->size(0) == channels, "voxconv: bias must be [", channels,
+                "]");
+  check_same(like, *bias);
+  return contiguous(*bias);
+}
+
 LinksView view(const Links& links) {
   return {links.begin.data(), links.list.data(), links.longest()};
 }
@@ -240,13 +249,7 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
   const Axis* axis = shape.axis;
   Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
   const Tensor w = contiguous(weight);
-  std::optional<Tensor> b;
-  if (bias) {
-    VOXCONV_CHECK(bias->dim() == 1 && bias->size(0) == filters, "voxconv: bias must be [", filters,
-                  "]");
-    check_same(x, *bias);
-    b = contiguous(*bias);
-  }
+  const std::optional<Tensor> b = checked_bias(bias, x, filters);
   run_correlate(shape, forward_links(axis[0], shape.mode), forward_links(axis[1], shape.mode),
                 forward_row(axis[2], shape.mode), false, x, w, b ? b->data_ptr() : nullptr, y);
   return y;
@@ -255,7 +258,8 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
 Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
                             const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
                             const std::vector<int64_t>& padding,
-                            const std::vector<int64_t>& dilation, int64_t mode) {
+                            const std::vector<int64_t>& dilation, int64_t mode,
+                            const std::optional<Tensor>& bias) {
   VOXCONV_CHECK(grad.dim() == 5 && weight.dim() == 5 && size.size() == 3,
                 "voxconv: grad and weight must be 5-D and size take 3 numbers");
   const int64_t channels = weight.size(0), multiplier = weight.size(1);
@@ -272,8 +276,10 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
   Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
   const Links d = repeat_links(grad_input_links(axis[0], shape.mode), shape.multiplier, axis[0].out,
                                axis[0].kernel);
+  const std::optional<Tensor> b = checked_bias(bias, grad, channels);
   run_correlate(shape, d, grad_input_links(axis[1], shape.mode),
-                grad_input_row(axis[2], shape.mode), true, grad, contiguous(weight), nullptr, x);
+                grad_input_row(axis[2], shape.mode), true, grad, contiguous(weight),
+                b ? b->data_ptr() : nullptr, x);
   return x;
 }
 

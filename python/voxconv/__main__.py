@@ -143,7 +143,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Time a forward pass and a training step of a MedNeXt-like network on a real "
         "MRI scan, with torch's layers and with voxconv's; print times, errors, peak memory and "
         "the layers that were swapped; save a picture. Needs: pip install 'voxconv[demo]'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
         "--volume",
@@ -153,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         "scan that comes with nibabel",
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("demo.png"), metavar="FILE", help="where the picture goes"
+        "--out",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="FILE",
+        help="where the picture goes (%(default)s)",
     )
     demo.add_argument(
         "--size",
@@ -161,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         default=96,
         metavar="N",
         help="the most voxels along an axis of the block cut from the scan; time and memory grow "
-        "with its cube",
+        "with its cube (%(default)s)",
     )
     demo.add_argument(
         "--threads", type=_positive, metavar="N", help="CPU threads; without it torch's choice"
@@ -169,9 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--steps",
         type=_positive,
-        default=2,
+        default=3,
         metavar="N",
-        help="timed training steps of each variant, the median counts",
+        help="timed training steps of each variant, fewer where they are slow; the median counts "
+        "(%(default)s)",
     )
     return parser
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHANNELS = 16
+CHANNELS = 32
 KERNEL = 5
 LEVELS = 3
 CLASSES = 3

@@ -16,8 +16,13 @@ PASSES = ("forward", "grad_input", "grad_weight")
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The FFT is taken when every axis of the kernel is at least this long.
-FFT_MIN_KERNEL = {"forward": 31, "grad_input": 31, "grad_weight": 31}
+# Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, and of a call. The
+# direct kernel works on vectors of (batch, channel) pairs and pays for a whole one. Kernels with
+# fewer taps are left to it in any case: the FFT spreads rounding, inf and NaN over the volume.
+FFT_CELL_COST = {"forward": 260, "grad_input": 260, "grad_weight": 260}
+FFT_CALL_COST = 10_000_000
+FFT_MIN_TAPS = 9**3
+VECTOR_BYTES = 64
 
 
 class Problem(NamedTuple):
@@ -33,7 +38,7 @@ class Problem(NamedTuple):
     x_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
     geometry: Geometry
-    depthwise: bool
+    depthwise: bool = True
     transposed: bool = False
     missing: str | None = None
 
@@ -139,11 +144,48 @@ def _better_by_torch(problem: Problem) -> str | None:
 
 
 def _cpu_kernel(problem: Problem) -> Choice:
-    least = FFT_MIN_KERNEL[problem.op]
-    kernel = problem.geometry.kernel
-    if min(kernel) < least:
-        return Choice("cpu", "direct", f"compiled kernel: {kernel} has an axis below {least}")
-    if problem.geometry.mode:
-        mode = PADDING_MODES[problem.geometry.mode]
-        return Choice("cpu", "direct", f"compiled kernel: the FFT has no {mode} padding")
-    return Choice("cpu", "fft", f"every axis of {kernel} is at least {least}")
+    """Which of the compiled kernels and the FFT runs a depthwise pass."""
+    kernel, mode = problem.geometry.kernel, problem.geometry.mode
+    if kernel[0] * kernel[1] * kernel[2] < FFT_MIN_TAPS:
+        return Choice("cpu", "direct", f"the FFT is for {FFT_MIN_TAPS} taps or more, not {kernel}")
+    if mode:
+        return Choice("cpu", "direct", f"the FFT pads with zeros only, not {PADDING_MODES[mode]}")
+    direct, fft = _direct_cost(problem), _fft_cost(problem)
+    if direct < fft:
+        return Choice("cpu", "direct", "fewer operations than by FFT")
+    return Choice("cpu", "fft", "fewer operations than tap by tap")
+
+
+def _direct_cost(problem: Problem) -> int:
+    """Multiply-adds of the direct kernel, less those with the padding."""
+    kernel, stride, padding, dilation, _ = problem.geometry
+    size = problem.x_shape[2:]
+    out = problem.geometry.out_size((size[0], size[1], size[2]))
+    cost = _pairs(problem)
+    for axis in range(3):
+        skipped = 0
+        for pad in padding[2 * axis : 2 * axis + 2]:
+            skipped += pad * (pad + dilation[axis]) // (2 * dilation[axis] * stride[axis])
+        cost *= torch.sym_max(kernel[axis] * out[axis] - skipped, out[axis])
+    return cost
+
+
+def _pairs(problem: Problem) -> int:
+    """The (batch, channel) pairs of a pass, up to whole vectors."""
+    batch, channels = problem.x_shape[:2]
+    multiplier = problem.weight_shape[0] // channels
+    lanes = VECTOR_BYTES // (8 if problem.dtype == torch.float64 else 4)
+    if problem.op == "grad_input":
+        return -(-batch * channels // lanes) * lanes * multiplier
+    return -(-batch * channels * multiplier // lanes) * lanes
+
+
+def _fft_cost(problem: Problem) -> int:
+    """The FFTs of input, kernel and output, one for each channel."""
+    batch, channels, *size = problem.x_shape
+    filters = problem.weight_shape[0]
+    cells = batch * channels + filters + batch * filters
+    for axis in range(3):
+        before, after = problem.geometry.padding[2 * axis : 2 * axis + 2]
+        cells *= size[axis] + torch.sym_max(before, after)
+    return cells * FFT_CELL_COST[problem.op] + FFT_CALL_COST

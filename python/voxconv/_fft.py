@@ -13,16 +13,19 @@ Arithmetic is float32 (float64 for float64 tensors); halves are rounded once, at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ._geometry import Geometry, Sextuple, Triple
 from ._layout import empty_in_layout_of
 
-SCRATCH_BYTES = 64 << 20
+SCRATCH_BYTES = 16 << 20
 
 _AXES = (-3, -2, -1)
+_Cells: TypeAlias = slice | Tensor
 
 
 def fast_length(least: int) -> int:
@@ -40,20 +43,17 @@ def fast_length(least: int) -> int:
 
 
 class _Volume:
-    """The circular volume of one pass and the places of taps and outputs in it."""
+    """The circular volume of one pass and the places of taps, inputs and outputs in it."""
 
-    def __init__(
-        self,
-        size: Sequence[int],
-        out: Sequence[int],
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        padding_mode: int,
-    ) -> None:
-        if padding_mode != 0:
+    def __init__(self, size: Triple, geometry: Geometry) -> None:
+        kernel, stride, padding, dilation, mode = geometry
+        if mode != 0:
             raise NotImplementedError("the FFT passes pad with zeros only")
+        d, h, w = size
+        self.out = geometry.out_size((d, h, w))
+        self.inputs = (slice(0, d), slice(0, h), slice(0, w))
+        od, oh, ow = (slice(0, (n - 1) * s + 1, s) for n, s in zip(self.out, stride, strict=True))
+        self.outputs = (od, oh, ow)
         self.shape: list[int] = []
         self.taps: list[Tensor] = []
         for axis in range(3):
@@ -63,22 +63,31 @@ class _Volume:
                 max(
                     size[axis] + max(before, after),
                     (kernel[axis] - 1) * dilation[axis] + 1,
-                    (out[axis] - 1) * stride[axis] + 1,
+                    (self.out[axis] - 1) * stride[axis] + 1,
                 )
             )
             self.shape.append(length)
             self.taps.append((taps - before) % length)
-        self.outputs = (
-            ...,
-            *(slice(0, (n - 1) * s + 1, s) for n, s in zip(out, stride, strict=True)),
-        )
-        self.inputs = (..., *(slice(0, n) for n in size))
 
     def transform(self, volume: Tensor) -> Tensor:
-        return torch.fft.rfftn(volume, s=self.shape, dim=_AXES)
+        spectrum: Tensor = torch.fft.rfftn(volume, s=self.shape, dim=_AXES)
+        return spectrum
 
-    def inverse(self, spectrum: Tensor) -> Tensor:
-        return torch.fft.irfftn(spectrum, s=self.shape, dim=_AXES)
+    def inverse(self, spectrum: Tensor, d: _Cells, h: _Cells, w: _Cells) -> Tensor:
+        """The cells at `d`, `h`, `w` of the real volume of a spectrum.
+
+        Along the last axis by a complex transform of the half that is kept, each line counted
+        twice but the first and, of an even length, the last: MKL's complex-to-real one rounds
+        differently for each number of threads.
+        """
+        length = self.shape[2]
+        half = torch.fft.ifftn(spectrum, dim=_AXES[:2])[..., d, :, :][..., h, :]
+        twice = half.new_full((length // 2 + 1,), 2)
+        twice[0] = 1
+        if length % 2 == 0:
+            twice[-1] = 1
+        volume: Tensor = torch.fft.ifft(half * twice, n=length, dim=-1).real[..., w]
+        return volume
 
     def kernel(self, weight: Tensor) -> Tensor:
         """The spectrum of `weight` [..., kD, kH, kW]."""
@@ -90,7 +99,8 @@ class _Volume:
     def gradient(self, grad: Tensor) -> Tensor:
         """The spectrum of `grad` [..., oD, oH, oW], spread out by the stride."""
         volume = grad.new_zeros(*grad.shape[:-3], *self.shape)
-        volume[self.outputs] = grad
+        d, h, w = self.outputs
+        volume[..., d, h, w] = grad
         return self.transform(volume)
 
     def blocks(self, channels: int, multiplier: int, itemsize: int) -> Iterator[slice]:
@@ -104,39 +114,44 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _product(a: Tensor, b: Tensor, conjugate: bool = False) -> Tensor:
+    """`a * b` or `a.conj() * b`, from real products.
+
+    The complex product rounds differently where the cells of two threads meet, and inside a
+    compiled graph nobody heeds the lazy bit of `Tensor.conj`.
+    """
+    real, imag = a.real * b.real, a.real * b.imag
+    if conjugate:
+        return torch.complex(real.add_(a.imag * b.imag), imag.sub_(a.imag * b.real))
+    return torch.complex(real.sub_(a.imag * b.imag), imag.add_(a.imag * b.real))
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Triple,
+    padding: Sextuple,
+    dilation: Triple,
     padding_mode: int,
 ) -> Tensor:
     """`depthwise_forward` by FFT."""
-    batch, channels = x.shape[:2]
-    kernel = weight.shape[2:]
-    size = x.shape[2:]
-    out = [
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1)
-        // stride[i]
-        + 1
-        for i in range(3)
-    ]
-    y = empty_in_layout_of(x, (batch, weight.shape[0], *out))
+    batch, channels, d, h, w = x.shape
+    kernel = (weight.shape[2], weight.shape[3], weight.shape[4])
+    volume = _Volume((d, h, w), Geometry(kernel, stride, padding, dilation, padding_mode))
+    y = empty_in_layout_of(x, (batch, weight.shape[0], *volume.out))
     if y.numel() == 0:
         return y
-    volume = _Volume(size, out, kernel, stride, padding, dilation, padding_mode)
     dtype = _compute_dtype(x.dtype)
     multiplier = weight.shape[0] // channels
-    weights = weight.reshape(channels, multiplier, *kernel)
-    outputs = y.view(batch, channels, multiplier, *out)
+    weights = weight.view(channels, multiplier, *kernel)
+    outputs = y.view(batch, channels, multiplier, *volume.out)
     biases = None if bias is None else bias.view(channels, multiplier, 1, 1, 1).to(dtype)
     for block in volume.blocks(channels, multiplier, dtype.itemsize):
-        taps = volume.kernel(weights[block].to(dtype)).conj()
+        taps = volume.kernel(weights[block].to(dtype))
         for n in range(batch):
             spectrum = volume.transform(x[n, block].to(dtype)).unsqueeze(1)
-            result = volume.inverse(spectrum * taps)[volume.outputs]
+            result = volume.inverse(_product(taps, spectrum, conjugate=True), *volume.outputs)
             outputs[n, block] = result if biases is None else result + biases[block]
     return y
 
@@ -144,55 +159,64 @@ def forward(
 def grad_input(
     grad: Tensor,
     weight: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    size: Triple,
+    stride: Triple,
+    padding: Sextuple,
+    dilation: Triple,
     padding_mode: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`depthwise_grad_input` by FFT."""
-    batch, out, kernel = grad.shape[0], grad.shape[2:], weight.shape[2:]
+    batch = grad.shape[0]
     channels, multiplier = weight.shape[:2]
+    kernel = (weight.shape[2], weight.shape[3], weight.shape[4])
+    volume = _Volume(size, Geometry(kernel, stride, padding, dilation, padding_mode))
     result = empty_in_layout_of(grad, (batch, channels, *size))
     if result.numel() == 0:
         return result
-    volume = _Volume(size, out, kernel, stride, padding, dilation, padding_mode)
     dtype = _compute_dtype(grad.dtype)
-    grads = grad.unflatten(1, (channels, multiplier))
+    grads = grad.view(batch, channels, multiplier, *volume.out)
     for block in volume.blocks(channels, multiplier, dtype.itemsize):
         taps = volume.kernel(weight[block].to(dtype))
         for n in range(batch):
-            spectrum = volume.gradient(grads[n, block].to(dtype)).mul_(taps).sum(1)
-            result[n, block] = volume.inverse(spectrum)[volume.inputs]
+            products = _product(volume.gradient(grads[n, block].to(dtype)), taps)
+            total = products[:, 0]
+            for j in range(1, multiplier):
+                total += products[:, j]
+            cells = volume.inverse(total, *volume.inputs)
+            if bias is not None:
+                cells += bias[block].view(-1, 1, 1, 1).to(dtype)
+            result[n, block] = cells
     return result
 
 
 def grad_weight(
     grad: Tensor,
     x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel: Triple,
+    stride: Triple,
+    padding: Sextuple,
+    dilation: Triple,
     padding_mode: int,
 ) -> Tensor:
     """`depthwise_grad_weight` by FFT."""
-    batch, channels = x.shape[:2]
+    batch, channels, d, h, w = x.shape
+    volume = _Volume((d, h, w), Geometry(kernel, stride, padding, dilation, padding_mode))
     result = x.new_zeros((grad.shape[1], 1, *kernel))
     if x.numel() == 0:
         return result
-    volume = _Volume(x.shape[2:], grad.shape[2:], kernel, stride, padding, dilation, padding_mode)
     dtype = _compute_dtype(x.dtype)
     multiplier = grad.shape[1] // channels
-    grads = grad.unflatten(1, (channels, multiplier))
+    grads = grad.view(batch, channels, multiplier, *volume.out)
     results = result.view(channels, multiplier, *kernel)
-    d, h, w = (taps.to(x.device) for taps in volume.taps)
+    taps = [cells.to(x.device) for cells in volume.taps]
     for block in volume.blocks(channels, multiplier, dtype.itemsize):
         total: Tensor | None = None
         for n in range(batch):
             spectrum = volume.transform(x[n, block].to(dtype)).unsqueeze(1)
-            product = volume.gradient(grads[n, block].to(dtype)).conj() * spectrum
+            gradient = volume.gradient(grads[n, block].to(dtype))
+            product = _product(gradient, spectrum, conjugate=True)
             total = product if total is None else total.add_(product)
         assert total is not None
-        results[block] = volume.inverse(total)[..., d[:, None, None], h[:, None], w]
+        results[block] = volume.inverse(total, *taps)
     return result

@@ -11,9 +11,7 @@ from torch import Tensor
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a 5-D tensor is channels_last_3d; one that is also contiguous counts as NCDHW."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(
-        memory_format=torch.channels_last_3d
-    )
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def empty_in_layout_of(leader: Tensor, shape: Sequence[int]) -> Tensor:

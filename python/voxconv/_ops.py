@@ -19,18 +19,21 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _fft
-from ._geometry import Geometry
+from ._geometry import Geometry, Sextuple, Triple
 from ._layout import empty_in_layout_of
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int padding_mode"
 _FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor"
-_GRAD_INPUT = f"(Tensor grad, Tensor weight, SymInt[] size, {_GEOMETRY}) -> Tensor"
+_GRAD_INPUT = (
+    f"(Tensor grad, Tensor weight, SymInt[] size, {_GEOMETRY}, Tensor? bias=None) -> Tensor"
+)
 _GRAD_WEIGHT = f"(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor"
 
 _COMPILED = ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight", "channel_sum")
@@ -42,25 +45,22 @@ def _fake_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Triple,
+    padding: Sextuple,
+    dilation: Triple,
     padding_mode: int,
 ) -> Tensor:
-    geometry = Geometry(weight.shape[2:], stride, padding, dilation, padding_mode)  # type: ignore[arg-type]
-    size = geometry.out_size(x.shape[2:])  # type: ignore[arg-type]
-    return empty_in_layout_of(x, (x.shape[0], weight.shape[0], *size))
+    batch, _, d, h, w = x.shape
+    filters, _, kd, kh, kw = weight.shape
+    geometry = Geometry((kd, kh, kw), stride, padding, dilation, padding_mode)
+    return empty_in_layout_of(x, (batch, filters, *geometry.out_size((d, h, w))))
 
 
-def _fake_grad_input(
-    grad: Tensor, weight: Tensor, size: Sequence[int], *geometry: Sequence[int] | int
-) -> Tensor:
+def _fake_grad_input(grad: Tensor, weight: Tensor, size: Triple, *geometry: Any) -> Tensor:
     return empty_in_layout_of(grad, (grad.shape[0], weight.shape[0], *size))
 
 
-def _fake_grad_weight(
-    grad: Tensor, x: Tensor, kernel: Sequence[int], *geometry: Sequence[int] | int
-) -> Tensor:
+def _fake_grad_weight(grad: Tensor, x: Tensor, kernel: Triple, *geometry: Any) -> Tensor:
     return x.new_empty((grad.shape[1], 1, *kernel))
 
 
@@ -68,26 +68,20 @@ def _fake_channel_sum(grad: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[1],))
 
 
-def _define(
-    name: str,
-    arguments: str,
-    fake: Callable[..., Tensor],
-    implementation: Callable[..., Tensor] | None = None,
-) -> None:
+def _define(name: str, arguments: str, fake: Callable[..., Tensor]) -> None:
     _library.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
-    if implementation is not None:
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, implementation, key)
     torch.library.register_fake(f"voxconv::{name}", fake, lib=_library)
 
 
-_define("depthwise_forward", _FORWARD, _fake_forward)
-_define("depthwise_grad_input", _GRAD_INPUT, _fake_grad_input)
-_define("depthwise_grad_weight", _GRAD_WEIGHT, _fake_grad_weight)
+for _kind in ("", "_fft"):
+    _define(f"depthwise_forward{_kind}", _FORWARD, _fake_forward)
+    _define(f"depthwise_grad_input{_kind}", _GRAD_INPUT, _fake_grad_input)
+    _define(f"depthwise_grad_weight{_kind}", _GRAD_WEIGHT, _fake_grad_weight)
 _define("channel_sum", "(Tensor grad) -> Tensor", _fake_channel_sum)
-_define("depthwise_forward_fft", _FORWARD, _fake_forward, _fft.forward)
-_define("depthwise_grad_input_fft", _GRAD_INPUT, _fake_grad_input, _fft.grad_input)
-_define("depthwise_grad_weight_fft", _GRAD_WEIGHT, _fake_grad_weight, _fft.grad_weight)
+
+
+def _has_kernel(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"voxconv::{name}", "CPU")
 
 
 def _load() -> str | None:
@@ -99,8 +93,7 @@ def _load() -> str | None:
     except Exception as error:  # whatever is wrong with it, the package works without
         reason = f"voxconv._C does not load: {error}"
     else:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        missing = [name for name in _COMPILED if not has_kernel(f"voxconv::{name}", "CPU")]
+        missing = [name for name in _COMPILED if not _has_kernel(name)]
         if not missing:
             return None
         reason = f"voxconv._C has no CPU kernel for {', '.join(missing)}"
@@ -109,6 +102,9 @@ def _load() -> str | None:
 
 
 _missing = _load()
+for _pass in (_fft.forward, _fft.grad_input, _fft.grad_weight):
+    if not _has_kernel(f"depthwise_{_pass.__name__}_fft"):
+        _library.impl(f"depthwise_{_pass.__name__}_fft", _pass, "CPU")
 
 
 def has_cpu() -> bool:

@@ -98,8 +98,8 @@ class DepthwiseGradInput(Function):
         ctx.geometry = geometry
         ctx.plan = plan
         _, stride, padding, dilation, mode = geometry
-        result = _GRAD_INPUT[plan.grad_input](grad, weight, size, stride, padding, dilation, mode)
-        return result if bias is None else result.add_(bias.view(-1, 1, 1, 1))
+        run = _GRAD_INPUT[plan.grad_input]
+        return run(grad, weight, size, stride, padding, dilation, mode, bias)
 
     @staticmethod
     def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:

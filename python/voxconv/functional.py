@@ -371,11 +371,7 @@ def explain(
         padding_mode,
         output_padding,
     )
-    per_weight = (
-        (math.prod(call.out_shape) // max(call.out_shape[1], 1))
-        if not transposed
-        else (x.numel() // max(x.shape[-4], 1))
-    )
+    meetings = call.out_shape[0] * math.prod(x.shape[-3:] if transposed else call.out_shape[2:])
     values = x.numel() + weight.numel() + math.prod(call.out_shape)
     if bias is not None:
         values += bias.numel()
@@ -385,7 +381,7 @@ def explain(
         kernel=first.kernel,
         reason=first.reason,
         output_shape=call.out_shape if x.dim() == 5 else call.out_shape[1:],
-        flops=2 * weight.numel() * per_weight,
+        flops=2 * weight.numel() * meetings,
         bytes=values * x.element_size(),
         passes=call.passes,
     )
