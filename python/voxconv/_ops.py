@@ -5,10 +5,10 @@
 canonical arguments only, 5-D tensors and the fields of a `Geometry`. With x [N, C, D, H, W],
 weight [C*m, 1, kD, kH, kW] and grad [N, C*m, oD, oH, oW]:
 
-    depthwise_forward      x, weight, bias [C*m]                 -> [N, C*m, oD, oH, oW]
-    depthwise_grad_input   grad, weight [C, m, kD, kH, kW], size -> [N, C, *size]
-    depthwise_grad_weight  grad, x, kernel                       -> [C*m, 1, *kernel]
-    channel_sum            grad                                  -> [C*m]
+    depthwise_forward      x, weight, bias [C*m]                           -> [N, C*m, oD, oH, oW]
+    depthwise_grad_input   grad, weight [C, m, kD, kH, kW], size, bias [C] -> [N, C, *size]
+    depthwise_grad_weight  grad, x, kernel                                 -> [C*m, 1, *kernel]
+    channel_sum            grad                                            -> [C*m]
 
 Results follow the layout of the first tensor (channels_last_3d or contiguous). `..._fft` are the
 same passes through `torch.fft`.

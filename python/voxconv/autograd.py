@@ -94,7 +94,6 @@ class DepthwiseGradInput(Function):
     ) -> Tensor:
         need_grad, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(grad if need_weight else None, weight if need_grad else None)
-        ctx.multiplier = weight.shape[1]
         ctx.geometry = geometry
         ctx.plan = plan
         _, stride, padding, dilation, mode = geometry

@@ -223,7 +223,10 @@ def _torch_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) ->
     padding = (ad, ah, aw)
     if mode or (bd, bh, bw) != padding:
         padding = (0, 0, 0)
+        last = is_channels_last(x)
         x = F.pad(x, (aw, bw, ah, bh, ad, bd), PADDING_MODES[mode] if mode else "constant")
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
     return F.conv3d(x, weight, bias, stride, padding, dilation, call.groups)
 
 
