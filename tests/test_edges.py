@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import voxconv
-from cases import CHANNELS_LAST, LAYOUTS, Case, select
+from cases import CHANNELS_LAST, LAYOUTS, Case, Tensors, select
 from testing import DTYPES, all_passes, bitwise_equal, dtype_id, on, ours, reference
 
 
@@ -39,6 +39,7 @@ def test_zero_batch_dtypes(dtype: torch.dtype) -> None:
 
 
 # The kernels of the receptive-field tests: gaps (stride over the kernel, dilation), every mode.
+Passes = dict[str, torch.Tensor]
 REACH = [
     Case("plain", channels=2, size=(5, 6, 19), kernel=(3, 3, 5), padding=(1, 1, 2)),
     Case("valid", channels=2, size=(4, 5, 17), padding="valid"),
@@ -56,11 +57,23 @@ REACH = [
 SPOTS = [(0, 0, 0), (1, 2, 3), (-1, -1, -1), (2, 0, -2)]
 
 
-def _spoil(t: torch.Tensor, spots: list[tuple[int, ...]], value: float) -> torch.Tensor:
+def _spoil(t: torch.Tensor, spot: tuple[int, ...], value: float) -> torch.Tensor:
+    """A copy with one bad cell, in the first sample and second channel."""
     spoilt = t.clone()
-    for d, h, w in spots:
-        spoilt[0, 1, d, h, w] = value
+    spoilt[(0, 1, *spot)] = value
     return spoilt
+
+
+def _assert_reach(
+    which: str, got: Passes, expected: Passes, marks: Passes, *, at_least: bool = False
+) -> None:
+    """Non-finite exactly (or at least) where marked, and elsewhere not a bit changed."""
+    touched, bad = marks[which] != 0, ~got[which].isfinite()
+    if at_least:
+        assert (bad | ~touched).all(), which
+        touched = bad
+    assert torch.equal(bad, touched), which
+    assert torch.equal(got[which][~touched], expected[which][~touched]), which
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -70,36 +83,37 @@ def test_non_finite_input_reaches_its_field_only(case: Case, layout: str, value:
     """Outputs and weight gradients that read no bad cell keep every bit; those that do are bad."""
     clean = case.make(layout=layout)
     for spot in SPOTS:
-        bad = clean._replace(x=_spoil(clean.x, [spot], value))
-        read = clean._replace(x=_spoil(torch.zeros_like(clean.x), [spot], 1.0))
-        everywhere = [torch.ones_like(t, dtype=torch.float64) for t in read]
-        marks = all_passes(reference, case, read.__class__(read.x.double(), *everywhere[1:]))
+        bad = clean._replace(x=_spoil(clean.x, spot, value))
+        ones = [torch.ones_like(t, dtype=torch.float64) for t in clean]
+        ones[0] = _spoil(torch.zeros_like(ones[0]), spot, 1.0)
+        ones[2] = torch.zeros_like(ones[2])
+        marks = all_passes(reference, case, Tensors(*ones))
         with on("direct"):
             expected, got = all_passes(ours, case, clean), all_passes(ours, case, bad)
-        marks["forward"] -= 1  # the bias
-        for which in ("forward", "grad_weight"):
-            touched = marks[which] != 0
-            assert torch.equal(~got[which].isfinite(), touched), f"{which}, {spot}"
-            assert torch.equal(got[which][~touched], expected[which][~touched]), f"{which}, {spot}"
+        _assert_reach("forward", got, expected, marks)
+        _assert_reach("grad_weight", got, expected, marks, at_least=case.transposed)
+        assert got["grad_weight"].view(2, -1)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", REACH, ids=str)
 def test_non_finite_gradient_reaches_its_field_only(case: Case, layout: str, value: float) -> None:
+    """As above; a bad gradient may meet the zeros of the padding, in the weight of its channel."""
     clean = case.make(layout=layout)
     for spot in SPOTS[:3]:
         spot = tuple(i if i < 0 else i % n for i, n in zip(spot, case.out_size, strict=True))
-        bad = clean._replace(grad=_spoil(clean.grad, [spot], value))
+        bad = clean._replace(grad=_spoil(clean.grad, spot, value))
         ones = [torch.ones_like(t, dtype=torch.float64) for t in clean]
-        ones[3] = _spoil(torch.zeros_like(ones[3]), [spot], 1.0)
-        marks = all_passes(reference, case, clean.__class__(*ones))
+        ones[3] = _spoil(torch.zeros_like(ones[3]), spot, 1.0)
+        marks = all_passes(reference, case, Tensors(*ones))
         with on("direct"):
             expected, got = all_passes(ours, case, clean), all_passes(ours, case, bad)
-        for which in ("grad_input", "grad_weight", "grad_bias"):
-            touched = marks[which] != 0
-            assert torch.equal(~got[which].isfinite(), touched), f"{which}, {spot}"
-            assert torch.equal(got[which][~touched], expected[which][~touched]), f"{which}, {spot}"
+        _assert_reach("grad_input", got, expected, marks)
+        _assert_reach("grad_bias", got, expected, marks)
+        _assert_reach("grad_weight", got, expected, marks, at_least=not case.transposed)
+        others = [c for c in range(case.out_channels) if c != 1]
+        assert got["grad_weight"].flatten(0, 1)[others].isfinite().all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,7 +164,7 @@ def test_kernels_past_31_run(kernel: tuple[int, int, int]) -> None:
     tensors = case.make()
     got, oracle = (
         all_passes(ours, case, tensors),
-        all_passes(reference, case, tensors.__class__(*(t.double() for t in tensors))),
+        all_passes(reference, case, Tensors(*(t.double() for t in tensors))),
     )
     for which, t in got.items():
         torch.testing.assert_close(t.double(), oracle[which], rtol=1e-4, atol=1e-4)
@@ -237,7 +251,7 @@ def test_every_small_geometry() -> None:
         tensors = case.make()._replace(x=x, weight=weight, bias=torch.zeros(1), grad=grad)
         with on("direct"):
             got = all_passes(ours, case, tensors)
-        oracle = all_passes(reference, case, tensors.__class__(*(t.double() for t in tensors)))
+        oracle = all_passes(reference, case, Tensors(*(t.double() for t in tensors)))
         for which, t in got.items():
             assert torch.equal(t.double(), oracle[which]), f"{which} k={k} s={s} d={d} p={p}"
 

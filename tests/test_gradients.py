@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import CHANNELS_LAST, Case, scaled_down, select
+from cases import CHANNELS_LAST, LAYOUTS, Case, scaled_down, select
 from testing import DTYPES, PATHS, assert_case, by_torch, dtype_id, on, ops_called, ours, reference
 
 
@@ -47,6 +47,21 @@ def test_through_fft(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", scaled_down("model", "bar"), ids=str)
 def test_layers_of_models_scaled_down(case: Case) -> None:
     assert_case(case, case.make(), torch.float32, versus_torch=True)
+
+
+LONG = [
+    Case("dw3", channels=4, size=(32, 32, 32), padding=1),
+    Case("dw5_stride2", n=2, channels=3, size=(40, 41, 42), kernel=(5, 5, 5), stride=(2, 2, 2)),
+    Case("dw3_rows", channels=2, size=(3, 4, 4097), padding=1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sums(case: Case, layout: str) -> None:
+    """Gradients that add up a whole volume: errors must not pile up along it."""
+    with on("direct"):
+        assert_case(case, case.make(layout=layout), torch.float32, versus_torch=True)
 
 
 def _tiny(name: str, **fields: object) -> Case:

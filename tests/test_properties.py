@@ -3,7 +3,8 @@
 
 Inputs and weights are integers in -8..8: every sum is exact in float32, in any order, so outputs
 and gradients must equal float64's to the last bit (halves: its rounding). A fixed profile draws
-the same examples every time; ``VOXCONV_EXPLORE=1`` draws new ones, and prints what reproduces them.
+the same examples every time; ``VOXCONV_EXPLORE=1`` draws new ones, and prints what reproduces them,
+``VOXCONV_EXAMPLES`` says how many.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EXPLORE = os.environ.get("VOXCONV_EXPLORE", "0") not in ("", "0")
 settings.register_profile(
     "voxconv",
     derandomize=not EXPLORE,
-    max_examples=2000 if EXPLORE else 150,
+    max_examples=int(os.environ.get("VOXCONV_EXAMPLES", 2000 if EXPLORE else 150)),
     deadline=None,
     database=None,
     print_blob=True,

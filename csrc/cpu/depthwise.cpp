@@ -2,17 +2,14 @@
 // The CPU ops of the depthwise family: tensors in, plans and tilings made, kernels run in parallel.
 #include "../common/stable.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <vector>
 
-#include "depthwise_args.h"
+#include "depthwise_host.h"
+#include "scratch.h"
 
 namespace voxconv {
 namespace {
@@ -24,97 +21,6 @@ constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
 // shape alone, because partial sums are added in the order of chunks.
 constexpr int64_t kChunkPlanes = 8, kTasks = 64;
-
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::Double: return Element::f64;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: break;
-  }
-  VOXCONV_CHECK(false, "voxconv: dtype must be float32, float64, bfloat16 or float16");
-  return Element::f32;
-}
-
-// Per-thread scratch, grown and kept: a fresh allocation costs a page fault for every 4 KiB.
-void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(4096, size));
-    VOXCONV_CHECK(memory != nullptr, "voxconv: no memory for ", size, " bytes of scratch");
-  }
-  return memory.get();
-}
-
-// A large result is fresh memory, and a page fault for every 4 KiB of it costs more than many a
-// convolution: ask for huge pages where the system leaves that to us.
-void advise_huge_pages(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)tensor;
-#endif
-}
-
-Strided strided(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2),          tensor.stride(3), tensor.stride(4)};
-}
-
-Conv3dShape make_shape(int64_t batch, int64_t channels, int64_t multiplier, const int64_t* in,
-                       const int64_t* kernel, const std::vector<int64_t>& stride,
-                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                       int64_t mode) {
-  VOXCONV_CHECK(stride.size() == 3 && padding.size() == 6 && dilation.size() == 3,
-                "voxconv: stride, padding and dilation take 3, 6 and 3 numbers");
-  VOXCONV_CHECK(mode >= kZeros && mode <= kCircular, "voxconv: unknown padding mode ", mode);
-  Conv3dShape shape{batch, channels, multiplier, {}, static_cast<int>(mode)};
-  for (int i = 0; i < 3; ++i) {
-    Axis& axis = shape.axis[i];
-    axis = {in[i],
-            0,
-            kernel[i],
-            stride[i],
-            kernel[i] == 1 ? 1 : dilation[i],
-            padding[2 * i],
-            padding[2 * i + 1]};
-    VOXCONV_CHECK(axis.in > 0 && axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 &&
-                      axis.before >= 0 && axis.after >= 0,
-                  "voxconv: size, kernel, stride and dilation must be positive");
-    axis.out = axis.output_size();
-    VOXCONV_CHECK(axis.out > 0, "voxconv: the output would be empty");
-    const int64_t most = mode == kReflect ? axis.in - 1 : axis.in;
-    VOXCONV_CHECK(mode == kZeros || mode == kReplicate || std::max(axis.before, axis.after) <= most,
-                  "voxconv: padding is larger than the axis allows");
-  }
-  return shape;
-}
-
-void check_same(const Tensor& a, const Tensor& b) {
-  VOXCONV_CHECK(a.scalar_type() == b.scalar_type(), "voxconv: mixed dtypes");
-  VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
-}
-
-std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& like,
-                                   int64_t channels) {
-  if (!bias) return bias;
-  VOXCONV_CHECK(bias->dim() == 1 && bias->size(0) == channels, "voxconv: bias must be [", channels,
-                "]");
-  check_same(like, *bias);
-  return contiguous(*bias);
-}
 
 LinksView view(const Links& links) {
   return {links.begin.data(), links.list.data(), links.longest()};

@@ -19,8 +19,8 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, and of a call. The
 # direct kernel works on vectors of (batch, channel) pairs and pays for a whole one. Kernels with
 # fewer taps are left to it in any case: the FFT spreads rounding, inf and NaN over the volume.
-FFT_CELL_COST = {"forward": 260, "grad_input": 260, "grad_weight": 260}
-FFT_CALL_COST = 10_000_000
+FFT_CELL_COST = {"forward": 75, "grad_input": 75, "grad_weight": 85}
+FFT_CALL_COST = 2_000_000
 FFT_MIN_TAPS = 9**3
 VECTOR_BYTES = 64
 

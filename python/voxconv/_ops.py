@@ -11,7 +11,7 @@ weight [C*m, 1, kD, kH, kW] and grad [N, C*m, oD, oH, oW]:
     channel_sum            grad                                            -> [C*m]
 
 Results follow the layout of the first tensor (channels_last_3d or contiguous). `..._fft` are the
-same passes through `torch.fft`.
+same passes by FFT, zeros padding only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fft
 from ._geometry import Geometry, Sextuple, Triple
 from ._layout import empty_in_layout_of
 
@@ -36,7 +35,8 @@ _GRAD_INPUT = (
 )
 _GRAD_WEIGHT = f"(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor"
 
-_COMPILED = ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight", "channel_sum")
+_PASSES = ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight")
+_COMPILED = (*_PASSES, *(f"{name}_fft" for name in _PASSES), "channel_sum")
 
 _library = torch.library.Library("voxconv", "FRAGMENT")
 
@@ -102,9 +102,6 @@ def _load() -> str | None:
 
 
 _missing = _load()
-for _pass in (_fft.forward, _fft.grad_input, _fft.grad_weight):
-    if not _has_kernel(f"depthwise_{_pass.__name__}_fft"):
-        _library.impl(f"depthwise_{_pass.__name__}_fft", _pass, "CPU")
 
 
 def has_cpu() -> bool:

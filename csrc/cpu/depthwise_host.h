@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU ops of the depthwise family do with their tensors before and after a kernel runs.
+#pragma once
+#include "../common/stable.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "depthwise_args.h"
+
+namespace voxconv {
+
+inline Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: break;
+  }
+  VOXCONV_CHECK(false, "voxconv: dtype must be float32, float64, bfloat16 or float16");
+  return Element::f32;
+}
+
+// A large result is fresh memory, and a page fault for every 4 KiB of it costs more than many a
+// convolution: ask for huge pages where the system leaves that to us.
+inline void advise_huge_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+#endif
+}
+
+inline Strided strided(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2),          tensor.stride(3), tensor.stride(4)};
+}
+
+inline Conv3dShape make_shape(int64_t batch, int64_t channels, int64_t multiplier,
+                              const int64_t* in, const int64_t* kernel,
+                              const std::vector<int64_t>& stride,
+                              const std::vector<int64_t>& padding,
+                              const std::vector<int64_t>& dilation, int64_t mode) {
+  VOXCONV_CHECK(stride.size() == 3 && padding.size() == 6 && dilation.size() == 3,
+                "voxconv: stride, padding and dilation take 3, 6 and 3 numbers");
+  VOXCONV_CHECK(mode >= kZeros && mode <= kCircular, "voxconv: unknown padding mode ", mode);
+  Conv3dShape shape{batch, channels, multiplier, {}, static_cast<int>(mode)};
+  for (int i = 0; i < 3; ++i) {
+    Axis& axis = shape.axis[i];
+    axis = {in[i],
+            0,
+            kernel[i],
+            stride[i],
+            kernel[i] == 1 ? 1 : dilation[i],
+            padding[2 * i],
+            padding[2 * i + 1]};
+    VOXCONV_CHECK(axis.in > 0 && axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 &&
+                      axis.before >= 0 && axis.after >= 0,
+                  "voxconv: size, kernel, stride and dilation must be positive");
+    axis.out = axis.output_size();
+    VOXCONV_CHECK(axis.out > 0, "voxconv: the output would be empty");
+    const int64_t most = mode == kReflect ? axis.in - 1 : axis.in;
+    VOXCONV_CHECK(mode == kZeros || mode == kReplicate || std::max(axis.before, axis.after) <= most,
+                  "voxconv: padding is larger than the axis allows");
+  }
+  return shape;
+}
+
+inline void check_same(const Tensor& a, const Tensor& b) {
+  VOXCONV_CHECK(a.scalar_type() == b.scalar_type(), "voxconv: mixed dtypes");
+  VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
+}
+
+inline std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& like,
+                                          int64_t channels) {
+  if (!bias) return bias;
+  VOXCONV_CHECK(bias->dim() == 1 && bias->size(0) == channels, "voxconv: bias must be [", channels,
+                "]");
+  check_same(like, *bias);
+  return contiguous(*bias);
+}
+
+}  // namespace voxconv

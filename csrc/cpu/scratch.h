@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory that kernels work in.
+#pragma once
+#include <cstdlib>
+#include <memory>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../common/stable.h"
+
+namespace voxconv {
+
+struct FreeMemory {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, FreeMemory>;
+
+inline Memory allocate(size_t bytes) {
+  constexpr size_t kPage = 4096, kHugePage = 2 << 20;
+  const size_t unit = bytes < 2 * kHugePage ? kPage : kHugePage,
+               size = (bytes + unit - 1) / unit * unit;
+  Memory memory(std::aligned_alloc(unit, size));
+  VOXCONV_CHECK(memory != nullptr, "voxconv: no memory for ", bytes, " bytes of scratch");
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (unit == kHugePage) madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+// What a thread works in alone, and what all threads of a parallel_for work in, its caller's.
+enum ScratchKind { kOwnScratch, kSharedScratch };
+
+// Per-thread scratch, grown and kept: a fresh allocation costs a page fault for every 4 KiB.
+template <ScratchKind kind = kOwnScratch>
+void* scratch(size_t bytes) {
+  thread_local Memory memory;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    size = 0;
+    memory.reset();
+    memory = allocate(bytes);
+    size = bytes;
+  }
+  return memory.get();
+}
+
+}  // namespace voxconv
