@@ -256,7 +256,7 @@ def test_a_pass_of_its_own_kernel() -> None:
         return Choice("cpu", "direct" if problem.op == "forward" else "fft", "mixed by a test")
 
     tensors = DW3.make(torch.float64)
-    with pytest.MonkeyPatch.context() as patch, on("direct"):
+    with on("direct"), pytest.MonkeyPatch.context() as patch:
         expected = all_passes(ours, DW3, tensors)
         patch.setattr(_dispatch, "_cpu_kernel", mixed)
         voxconv.functional._calls.clear()

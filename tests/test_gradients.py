@@ -109,10 +109,10 @@ def test_finite_differences(case: Case) -> None:
     _check_differences(case, "direct")
 
 
-@pytest.mark.parametrize("path", ["fft", "torch"])
-def test_finite_differences_elsewhere(path: str) -> None:
-    case = Case("least", channels=2, size=(1, 2, 4), kernel=(1, 2, 3), padding=1, stride=(1, 2, 1))
-    _check_differences(case, path)
+def test_finite_differences_fft() -> None:
+    stride = (1, 2, 1)
+    case = Case("least", channels=2, size=(1, 2, 4), kernel=(1, 2, 3), padding=1, stride=stride)
+    _check_differences(case, "fft")
 
 
 @pytest.mark.parametrize("path", PATHS)

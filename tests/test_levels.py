@@ -51,7 +51,7 @@ def test_the_switch_switches() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_lower_levels(level: str) -> None:
     """The tests on whole numbers, where every tap shows, and of the receptive field, once more."""
-    chosen = "(any and not fft) or field_only or small_geometry or subnormals or overflow"
+    chosen = "any or field_only or small_geometry or subnormals or overflow or fft_keeps"
     files = ("test_properties.py", "test_edges.py")
     quiet = ("-q", "-x", "--no-header", "-p", "no:cacheprovider")
     assert "passed" in _run(level, "-m", "pytest", *quiet, *files, "-k", chosen)

@@ -33,21 +33,21 @@ PROFILE = settings.get_profile("voxconv")
 
 
 @st.composite
-def axes(draw: st.DrawFn, mode: str, longest: int) -> tuple[int, ...]:
+def axes(draw: st.DrawFn, mode: str, longest: int, widest: int) -> tuple[int, ...]:
     """Size, kernel, stride, dilation and padding pair of one axis that has an output."""
     n = draw(st.integers(1, longest))
     most = {"reflect": n - 1, "circular": n}.get(mode, 4)
     before, after = draw(st.tuples(*[st.integers(0, min(most, 4))] * 2))
     dilation = draw(st.integers(1, 3))
     room = (n + before + after - 1) // dilation + 1
-    kernel = draw(st.integers(1, min(room, 7)))
+    kernel = draw(st.integers(1, min(room, draw(st.sampled_from([3, 7, widest])))))
     return n, kernel, draw(st.integers(1, 3)), dilation, before, after
 
 
 @st.composite
 def convolutions(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
     mode = draw(st.sampled_from(modes))
-    d, h, w = (draw(axes(mode, longest)) for longest in (6, 7, 70))
+    d, h, w = (draw(axes(mode, *limits)) for limits in ((6, 7), (7, 9), (70, 31)))
     size, kernel, stride, dilation, before, after = zip(d, h, w, strict=True)
     return Case(
         "random",

@@ -69,6 +69,7 @@ SpectralArgs tile_args(const SpectralPlan& plan, const SpectralTile& tile, const
   for (const SpectralAxis& axis : a.axis) a.line = std::max(a.line, 2 * (axis.fft.length + 1));
   a.own_a = (std::max(a.a.size[0], a.result.size[0]) + 1) * 2 * a.pitch;
   a.own_b = (a.b.size[0] + 1) * 2 * a.pitch;
+  VOXCONV_CHECK(std::max(a.own_a, a.own_b) <= INT32_MAX, "voxconv: too large a kernel for the FFT");
   return a;
 }
 

@@ -199,7 +199,11 @@ def _convolve(
 def _depthwise_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     geometry = call.geometry
     multiplier = weight.shape[1]
+    dtype = x.dtype
     if multiplier > 1:
+        if dtype in (torch.bfloat16, torch.float16):  # gradients of the copies are added: in float32
+            x, weight = x.float(), weight.float()
+            bias = None if bias is None else bias.float()
         x = _repeat_channels(x, multiplier)
         weight = weight.reshape(-1, 1, *geometry.kernel)
     more = [p // s for p, s in zip(call.output_padding, geometry.stride, strict=True)]
@@ -207,7 +211,7 @@ def _depthwise_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: C
         d, h, w = more
         x = F.pad(x, (0, w, 0, h, 0, d))
     size = call.out_shape[2:]
-    return depthwise_grad_input(x, weight, size, geometry, call.plan, bias)
+    return depthwise_grad_input(x, weight, size, geometry, call.plan, bias).to(dtype)
 
 
 def _repeat_channels(x: Tensor, times: int) -> Tensor:
