@@ -201,7 +201,10 @@ def _depthwise_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: C
     multiplier = weight.shape[1]
     dtype = x.dtype
     if multiplier > 1:
-        if dtype in (torch.bfloat16, torch.float16):  # gradients of the copies are added: in float32
+        if dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # gradients of the copies are added: in float32
             x, weight = x.float(), weight.float()
             bias = None if bias is None else bias.float()
         x = _repeat_channels(x, multiplier)
