@@ -81,7 +81,7 @@ BARS = (
 
 
 class Figure(NamedTuple):
-    """A measured number and what it belongs to; NaN if the row gave a wrong result."""
+    """A measured number and what it belongs to; NaN if the row was wrong or torch left out (--cap)."""
 
     label: str
     value: float
@@ -106,7 +106,7 @@ class Lab:
         return next(self.bench.rows(case, (mode,), torch.float32, NCDHW, rivals))
 
     def times(self, mode: str, variants: Sequence[tuple[str, torch.dtype, str]]) -> list[float]:
-        """Our median on each (case, dtype, layout), timed side by side; NaN if any is wrong."""
+        """Our median on each (case, dtype, layout), timed side by side; NaN if any is wrong or left out."""
         calls = {}
         for i, (name, dtype, layout) in enumerate(variants):
             problem = Problem(BY_NAME[name], dtype)
@@ -222,7 +222,7 @@ def line(verdict: dict[str, Any]) -> str:
     measured = verdict["measured"]
     return (
         f"{'pass' if verdict['holds'] else 'MISS'}  {verdict['name']:42s}"
-        f" {'wrong' if measured is None else f'{measured:.3g}':>7s}"
+        f" {'unknown' if measured is None else f'{measured:.3g}':>7s}"
         f" {'>=' if verdict['at_least'] else '<='} {verdict['threshold']:.3g}"
         f"   {verdict['worst']}"
     )

@@ -144,7 +144,7 @@ def bars(page: Path) -> Iterator[str]:
         yield "|---|--:|--:|---|---|"
         for bar in content["bars"]:
             sign = "≥" if bar["at_least"] else "≤"
-            measured = "wrong result" if bar["measured"] is None else f"{bar['measured']:.3g}"
+            measured = "no figure" if bar["measured"] is None else f"{bar['measured']:.3g}"
             yield (
                 f"| {bar['name']} | {sign} {bar['threshold']:.3g} | {measured} |"
                 f" {bar['worst']} | {'yes' if bar['holds'] else '**no**'} |"
