@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "depthwise_host.h"
+#include "depthwise_rows.h"
 #include "scratch.h"
 
 namespace voxconv {
@@ -22,25 +23,7 @@ constexpr int64_t kGrainCells = 1 << 14;
 // shape alone, because partial sums are added in the order of chunks.
 constexpr int64_t kChunkPlanes = 8, kTasks = 64;
 
-LinksView view(const Links& links) {
-  return {links.begin.data(), links.list.data(), links.longest()};
-}
-
-RowView view(const RowPlan& row) {
-  return {row.left,
-          row.source_size,
-          row.staged(),
-          row.size,
-          row.keep,
-          row.kept,
-          row.classes.data(),
-          row.segments.data(),
-          row.margin.data(),
-          row.folds.data(),
-          static_cast<int64_t>(row.classes.size()),
-          static_cast<int64_t>(row.margin.size()),
-          static_cast<int64_t>(row.folds.size())};
-}
+int64_t depth_of(const Links& d) { return static_cast<int64_t>(d.begin.size()) - 1; }
 
 // Most source planes that one destination plane reads.
 int64_t most_sources(const Links& links) {
@@ -97,8 +80,7 @@ Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t c
   int64_t group = adjacent ? std::min(map.blocks_per_item(), kGroup) : 1;
   while (map.blocks_per_item() % group != 0) --group;  // threads get equal shares
   Tiling tiling = tiling_of_group(d, h, row, cell_bytes, group);
-  const auto planes = static_cast<int64_t>(d.begin.size()) - 1;
-  tiling.plane_step = plane_step < planes ? plane_step : 1;
+  tiling.plane_step = plane_step < depth_of(d) ? plane_step : 1;
   return tiling;
 }
 
@@ -113,6 +95,15 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   if (target.numel() == 0) return;
   advise_huge_pages(target);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
+  const LaneMap map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
+  const Axis& depth = shape.axis[0];
+  const int64_t step = depth.dilation / std::gcd(depth.stride, depth.dilation);
+  const int64_t plane_step = backwards && depth.stride > 1 ? 1 : step;
+  if (rows_suit(shape, row, map, backwards, source, target)) {
+    Tiling tiling{most_sources(d), 0, 0, 0, 1, plane_step < depth_of(d) ? plane_step : 1};
+    run_rows(shape, d, tiling, backwards, source, weight, bias, target);
+    return;
+  }
   CorrelateArgs a;
   a.source = strided(source);
   a.target = strided(target);
@@ -120,7 +111,7 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.bias = bias;
   a.divide = backwards ? 1 : shape.multiplier;
   a.gather = backwards ? shape.multiplier : 1;
-  a.map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
+  a.map = map;
   for (int i = 0; i < 3; ++i) {
     a.source_size[i] = backwards ? shape.axis[i].out : shape.axis[i].in;
     a.target_size[i] = backwards ? shape.axis[i].in : shape.axis[i].out;
@@ -129,10 +120,8 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  const Axis& depth = shape.axis[0];
-  const int64_t step = depth.dilation / std::gcd(depth.stride, depth.dilation);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch,
-                         backwards && depth.stride > 1 ? 1 : step);
+  a.tiling =
+      make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch, plane_step);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {

@@ -28,6 +28,26 @@ struct RowView {
   int64_t class_count, margin_count, fold_count;
 };
 
+inline LinksView view(const Links& links) {
+  return {links.begin.data(), links.list.data(), links.longest()};
+}
+
+inline RowView view(const RowPlan& row) {
+  return {row.left,
+          row.source_size,
+          row.staged(),
+          row.size,
+          row.keep,
+          row.kept,
+          row.classes.data(),
+          row.segments.data(),
+          row.margin.data(),
+          row.folds.data(),
+          static_cast<int64_t>(row.classes.size()),
+          static_cast<int64_t>(row.margin.size()),
+          static_cast<int64_t>(row.folds.size())};
+}
+
 // Which (batch, channel) pairs share a vector. A block is one vector of them: kLanes consecutive
 // pairs, or, with `split_batch`, consecutive channels of one batch item (so that a channels-last
 // tensor is read by whole vectors).
@@ -107,6 +127,32 @@ struct CorrelateArgs {
   int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }
 };
 
+// The same as CorrelateArgs, with lanes along w: for sources and targets whose rows lie in memory as
+// they are, and a stride of 1 along w. A source plane is staged with its padding: row q of it is
+// source row row_source[q], or zeros if that is < 0; of a row, cells inner .. inner_end are those of
+// the source from inner_source on, and some others are copied from it too (`margin`, by source
+// cell). Tap kw of destination w reads cell w + offsets[kw]. Axis h is planned like a row.
+struct RowsArgs {
+  Strided source, target;
+  const void* weight;  // [channels * gather, kernel...], contiguous
+  const void* bias;    // [channels] or null
+  int64_t pairs;       // batch * channels
+  int64_t channels, divide, gather;
+  int64_t source_size[3], target_size[3], kernel[3];
+  LinksView d;
+  RowView h;
+  const int32_t* row_source;
+  const int64_t *piece_rows, *offsets;  // of a piece: first and last staged row
+  int64_t staged, inner, inner_end, inner_source, pitch;
+  const Fold* margin;
+  int64_t margin_count;
+  bool direct;  // nothing to pad or to widen: planes are read where they are
+  Tiling tiling;
+
+  // One unit of work is a destination plane of a piece of a (batch, channel) pair.
+  int64_t units() const { return pairs * tiling.tiles * target_size[0]; }
+};
+
 // weight gradient: partial[chunk * blocks + block][tap][lane], summed by the caller over batch and
 // chunks. One task is a chunk of planes of a group. Channel c of grad meets channel c / divide of
 // x. Links as in forward.
@@ -129,6 +175,8 @@ struct DepthwiseKernels {
   int64_t cell_bytes;  // bytes of a vector
   size_t (*correlate_scratch)(const CorrelateArgs&);
   void (*correlate)(const CorrelateArgs&, int64_t begin, int64_t end, void* scratch);
+  size_t (*rows_scratch)(const RowsArgs&);
+  void (*rows)(const RowsArgs&, int64_t begin, int64_t end, void* scratch);
   size_t (*grad_weight_scratch)(const GradWeightArgs&);
   void (*grad_weight)(const GradWeightArgs&, int64_t begin, int64_t end, void* scratch);
 };

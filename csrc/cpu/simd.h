@@ -18,6 +18,7 @@ typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfVecU16 __attribute__((vector_size(kVectorBytes / 2)));
 
 #define VOXCONV_INLINE inline __attribute__((always_inline))
+#define VOXCONV_INLINE_LAMBDA __attribute__((always_inline))
 
 // Calls f(constant<0>), ... f(constant<N - 1>): loops whose index must be a constant expression.
 template <int I>
@@ -51,6 +52,25 @@ VOXCONV_INLINE void pin(V& v) {
 #endif
 }
 
+// sum + a * b from registers, in place of the sum. GCC left to itself overwrites a factor that is
+// needed again and copies it beforehand.
+VOXCONV_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b) {
+#if VOXCONV_VECTOR_BYTES > 16
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
+VOXCONV_INLINE Vec<double> multiply_add(Vec<double> sum, Vec<double> a, Vec<double> b) {
+#if VOXCONV_VECTOR_BYTES > 16
+  asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
+
 VOXCONV_INLINE Vec<float> load(const float* p) {
   Vec<float> v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -67,9 +87,9 @@ VOXCONV_INLINE Vec<float> load(const Bf16* p) {
   return (Vec<float>)(__builtin_convertvector(half, VecU32) << 16);
 }
 VOXCONV_INLINE Vec<float> load(const F16* p) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
+#if VOXCONV_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif VOXCONV_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   Vec<float> v;
@@ -89,9 +109,9 @@ VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 VOXCONV_INLINE void store(F16* p, Vec<float> v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#if VOXCONV_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif VOXCONV_VECTOR_BYTES == 32
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
@@ -106,6 +126,25 @@ VOXCONV_INLINE void narrow(float* p, float v) { *p = v; }
 VOXCONV_INLINE void narrow(double* p, double v) { *p = v; }
 VOXCONV_INLINE void narrow(Bf16* p, float v) { p->bits = float_to_bfloat16(v); }
 VOXCONV_INLINE void narrow(F16* p, float v) { p->bits = float_to_half(v); }
+
+// x - 0 is x whatever it is, and compiles to a broadcast.
+VOXCONV_INLINE Vec<float> broadcast(float x) { return x - Vec<float>{}; }
+VOXCONV_INLINE Vec<double> broadcast(double x) { return x - Vec<double>{}; }
+
+// Copies fewer elements than a vector has.
+template <class T, class A, class B>
+VOXCONV_INLINE void copy_few(A* to, const B* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow(to + i, widen(from[i]));
+}
+template <class T>
+VOXCONV_INLINE void copy_few(T* to, const T* from, int64_t count) {
+  int64_t i = 0;
+  unroll<3>([&](auto n) {
+    constexpr int half = kLanes<T> >> (decltype(n)::value + 1);
+    if (count & half) __builtin_memcpy(to + i, from + i, half * sizeof(T)), i += half;
+  });
+  for (; i < count; ++i) to[i] = from[i];
+}
 
 template <int S, int L, class I, class V>
 VOXCONV_INLINE void exchange(V& a, V& b) {
@@ -133,10 +172,10 @@ template <class T>
 VOXCONV_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int L = kLanes<T>;
   using I = typename IndexOf<T>::type;
-  auto round = [&](auto s) {
+  auto round = [&](auto s) VOXCONV_INLINE_LAMBDA {
     constexpr int S = 1 << decltype(s)::value;
     if constexpr (S < L)
-      unroll<L>([&](auto i) {
+      unroll<L>([&](auto i) VOXCONV_INLINE_LAMBDA {
         constexpr int at = decltype(i)::value;
         if constexpr (!(at & S)) exchange<S, L, I>(rows[at], rows[at + S]);
       });
