@@ -81,7 +81,7 @@ BARS = (
 
 
 class Figure(NamedTuple):
-    """A measured number and what it belongs to; NaN if the row was wrong or torch left out (--cap)."""
+    """A number and what it belongs to; NaN if the row was wrong or torch left out (--cap)."""
 
     label: str
     value: float
@@ -106,7 +106,7 @@ class Lab:
         return next(self.bench.rows(case, (mode,), torch.float32, NCDHW, rivals))
 
     def times(self, mode: str, variants: Sequence[tuple[str, torch.dtype, str]]) -> list[float]:
-        """Our median on each (case, dtype, layout), timed side by side; NaN if any is wrong or left out."""
+        """Our median on each (case, dtype, layout), timed side by side; NaN if any is wrong."""
         calls = {}
         for i, (name, dtype, layout) in enumerate(variants):
             problem = Problem(BY_NAME[name], dtype)

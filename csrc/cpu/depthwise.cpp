@@ -120,8 +120,7 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling =
-      make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch, plane_step);
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch, plane_step);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {

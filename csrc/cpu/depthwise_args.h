@@ -127,10 +127,10 @@ struct CorrelateArgs {
   int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }
 };
 
-// The same as CorrelateArgs, with lanes along w: for sources and targets whose rows lie in memory as
-// they are, and a stride of 1 along w. A source plane is staged with its padding: row q of it is
-// source row row_source[q], or zeros if that is < 0; of a row, cells inner .. inner_end are those of
-// the source from inner_source on, and some others are copied from it too (`margin`, by source
+// The same as CorrelateArgs, with lanes along w: for sources and targets whose rows lie in memory
+// as they are, and a stride of 1 along w. A source plane is staged with its padding: row q of it is
+// source row row_source[q], or zeros if that is < 0; of a row, cells inner .. inner_end are those
+// of the source from inner_source on, and some others are copied from it too (`margin`, by source
 // cell). Tap kw of destination w reads cell w + offsets[kw]. Axis h is planned like a row.
 struct RowsArgs {
   Strided source, target;
@@ -146,7 +146,8 @@ struct RowsArgs {
   int64_t staged, inner, inner_end, inner_source, pitch;
   const Fold* margin;
   int64_t margin_count;
-  bool direct;  // nothing to pad or to widen: planes are read where they are
+  bool direct;    // nothing to pad or to widen: planes are read where they are
+  bool in_place;  // nothing to narrow, and rows hold whole vectors: sums are the target itself
   Tiling tiling;
 
   // One unit of work is a destination plane of a piece of a (batch, channel) pair.

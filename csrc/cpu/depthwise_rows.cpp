@@ -13,9 +13,9 @@ namespace {
 constexpr int64_t kPlanesBytes = 512 << 10;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainVectors = 1 << 13;
-// Time of a vector of channels over that of a vector of a row, both full: channels have to be
-// transposed in registers on their way in and out.
-constexpr double kChannelsCost = 1.8;
+// Measured time of a vector of channels over that of a vector of a row, both full: channels are
+// transposed in registers on their way in and out. Rows of one vector share loads less well.
+constexpr double kChannelsCost = 1.2, kChannelsCostShort = 0.75;
 
 // The axes of a pass as tables; RowsArgs points into it.
 struct RowsTables {
@@ -64,13 +64,14 @@ bool rows_suit(const Conv3dShape& shape, const RowPlan& w, const LaneMap& map, b
   const bool folded = backwards && shape.mode != kZeros &&
                       (shape.axis[1].before + shape.axis[1].after > 0 || !w.folds.empty());
   if (axis.stride != 1 || folded || source.stride(4) != 1 || target.stride(4) != 1) return false;
-  const double width = static_cast<double>(backwards ? axis.in : axis.out);
-  const auto lanes = static_cast<double>(map.lanes);
-  const double vectors = static_cast<double>((backwards ? axis.in : axis.out) + map.lanes - 1);
-  const double of_rows = static_cast<double>(static_cast<int64_t>(vectors / lanes)) * lanes / width;
-  const double of_channels =
-      static_cast<double>(map.blocks()) * lanes / static_cast<double>(map.batch * map.channels);
-  return of_rows <= kChannelsCost * of_channels;
+  const int64_t width = backwards ? axis.in : axis.out, lanes = map.lanes;
+  const int64_t vectors = (width + lanes - 1) / lanes;
+  const auto waste = [](int64_t used, int64_t wanted) {
+    return static_cast<double>(used) / static_cast<double>(wanted);
+  };
+  const double cost = vectors > 1 ? kChannelsCost : kChannelsCostShort;
+  return waste(vectors * lanes, width) <=
+         cost * waste(map.blocks() * lanes, map.batch * map.channels);
 }
 
 void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bool backwards,
@@ -120,7 +121,9 @@ void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bo
   if (a.pitch / kernels.lanes % 2 == 0) a.pitch += kernels.lanes;
 
   const bool bare = tables.h.left == 0 && tables.h.right == 0 && before == 0 && reach == 0;
-  a.direct = bare && cell == static_cast<int64_t>(source.element_size()) && a.target_size[2] >= kernels.lanes;
+  a.in_place =
+      cell == static_cast<int64_t>(source.element_size()) && a.target_size[2] >= kernels.lanes;
+  a.direct = bare && a.in_place;
   a.tiling = tiling;
   const int64_t rows = a.target_size[1];
   a.tiling.tiles = 0;
@@ -139,9 +142,8 @@ void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bo
   const size_t bytes = kernels.rows_scratch(a);
   const int64_t vectors = (a.target_size[2] + kernels.lanes - 1) / kernels.lanes;
   const int64_t unit = a.tiling.tile_rows * vectors * shape.taps() * a.gather;
-  parallel_for(a.units(), kGrainVectors / unit, [&](int64_t begin, int64_t end) {
-    kernels.rows(a, begin, end, scratch(bytes));
-  });
+  parallel_for(a.units(), kGrainVectors / unit,
+               [&](int64_t begin, int64_t end) { kernels.rows(a, begin, end, scratch(bytes)); });
 }
 
 }  // namespace voxconv

@@ -56,7 +56,7 @@ VOXCONV_INLINE void pin(V& v) {
 // needed again and copies it beforehand.
 VOXCONV_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b) {
 #if VOXCONV_VECTOR_BYTES > 16
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 #else
   return sum + a * b;
@@ -64,7 +64,7 @@ VOXCONV_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> 
 }
 VOXCONV_INLINE Vec<double> multiply_add(Vec<double> sum, Vec<double> a, Vec<double> b) {
 #if VOXCONV_VECTOR_BYTES > 16
-  asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  asm volatile("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 #else
   return sum + a * b;
@@ -110,7 +110,8 @@ VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
 }
 VOXCONV_INLINE void store(F16* p, Vec<float> v) {
 #if VOXCONV_VECTOR_BYTES == 64
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif VOXCONV_VECTOR_BYTES == 32
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from types import TracebackType
 from typing import NamedTuple
@@ -16,12 +17,13 @@ PASSES = ("forward", "grad_input", "grad_weight")
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, and of a call. The
-# direct kernel works on vectors of (batch, channel) pairs and pays for a whole one. Kernels with
-# fewer taps are left to it in any case: the FFT spreads rounding, inf and NaN over the volume.
-FFT_CELL_COST = {"forward": 75, "grad_input": 75, "grad_weight": 85}
-FFT_CALL_COST = 2_000_000
-FFT_MIN_TAPS = 9**3
+# Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, by the cells of the
+# volume (up to that many: the transforms leave one cache after the other), and of a call. An FFT
+# works on whole vectors of (batch, channel) pairs. Kernels with fewer taps are left to the direct
+# kernel in any case: the FFT spreads rounding, inf and NaN over the volume.
+FFT_CELL_COST = ((16_000, 28), (64_000, 40), (250_000, 58), (math.inf, 80))
+FFT_CALL_COST = 500_000
+FFT_MIN_TAPS = 7**3
 VECTOR_BYTES = 64
 
 
@@ -161,7 +163,7 @@ def _direct_cost(problem: Problem) -> int:
     kernel, stride, padding, dilation, _ = problem.geometry
     size = problem.x_shape[2:]
     out = problem.geometry.out_size((size[0], size[1], size[2]))
-    cost = _pairs(problem)
+    cost = problem.x_shape[0] * problem.weight_shape[0]
     for axis in range(3):
         skipped = 0
         for pad in padding[2 * axis : 2 * axis + 2]:
@@ -170,22 +172,15 @@ def _direct_cost(problem: Problem) -> int:
     return cost
 
 
-def _pairs(problem: Problem) -> int:
-    """The (batch, channel) pairs of a pass, up to whole vectors."""
-    batch, channels = problem.x_shape[:2]
-    multiplier = problem.weight_shape[0] // channels
-    lanes = VECTOR_BYTES // (8 if problem.dtype == torch.float64 else 4)
-    if problem.op == "grad_input":
-        return -(-batch * channels // lanes) * lanes * multiplier
-    return -(-batch * channels * multiplier // lanes) * lanes
-
-
 def _fft_cost(problem: Problem) -> int:
     """The FFTs of input, kernel and output, one for each channel."""
     batch, channels, *size = problem.x_shape
     filters = problem.weight_shape[0]
-    cells = batch * channels + filters + batch * filters
+    lanes = VECTOR_BYTES // (8 if problem.dtype == torch.float64 else 4)
+    volume = 1
     for axis in range(3):
         before, after = problem.geometry.padding[2 * axis : 2 * axis + 2]
-        cells *= size[axis] + torch.sym_max(before, after)
-    return cells * FFT_CELL_COST[problem.op] + FFT_CALL_COST
+        volume *= size[axis] + torch.sym_max(before, after)
+    cell_cost = next(cost for cells, cost in FFT_CELL_COST if volume <= cells)
+    volumes = sum(-(-n // lanes) * lanes for n in (batch * channels, filters, batch * filters))
+    return volumes * volume * cell_cost + FFT_CALL_COST
