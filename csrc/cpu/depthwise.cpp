@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "depthwise_host.h"
@@ -15,8 +17,9 @@
 namespace voxconv {
 namespace {
 
-// Staged planes and sums of one piece should fit a private L2 next to the weights.
-constexpr int64_t kWorkingSetBytes = 768 << 10;
+// Staged planes and sums of one piece should fit a private L2 next to the weights. Those of a group
+// of neighbouring blocks may be larger: its rows are read and written as whole runs of memory.
+constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -49,14 +52,13 @@ int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
   return high < low ? 0 : high - low + 1;
 }
 
-// The blocks of a channels-last tensor that are staged together, at most.
-constexpr int64_t kGroup = 4;
-
-// Cuts axis h into the fewest equal pieces whose staged planes and sums fit the working set.
-Tiling tiling_of_group(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes,
-                       int64_t group) {
+// Cuts axis h into the fewest equal pieces whose staged planes and sums fit the working set, if any
+// do.
+std::pair<Tiling, bool> tiling_of_group(const Links& d, const Links& h, const RowPlan& row,
+                                        int64_t cell_bytes, int64_t group) {
   const auto rows = static_cast<int64_t>(h.begin.size()) - 1;
   Tiling tiling{most_sources(d), 0, 0, 0, group, 1};
+  const int64_t most_bytes = group > 1 ? kGroupBytes : kBlockBytes;
   int64_t bytes = 0;
   do {
     ++tiling.tiles;
@@ -68,18 +70,20 @@ Tiling tiling_of_group(const Links& d, const Links& h, const RowPlan& row, int64
     bytes = group * cell_bytes *
             (tiling.slots * tiling.slot_rows * row.staged() + tiling.tile_rows * row.size);
     // Shorter pieces would stage the rows they share with their neighbours too often.
-  } while (bytes > kWorkingSetBytes && tiling.tile_rows > 4 * h.longest());
-  if (group > 1 && bytes > kWorkingSetBytes) return tiling_of_group(d, h, row, cell_bytes, 1);
+  } while (bytes > most_bytes && tiling.tile_rows > 4 * h.longest());
   tiling.tiles = (rows + tiling.tile_rows - 1) / tiling.tile_rows;
-  return tiling;
+  return {tiling, bytes <= most_bytes};
 }
 
-// `adjacent`: the channels of the source are neighbours in memory.
+// The largest group that fits. `adjacent`: the channels of the source are neighbours in memory.
 Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes,
                    const LaneMap& map, bool adjacent, int64_t plane_step) {
-  int64_t group = adjacent ? std::min(map.blocks_per_item(), kGroup) : 1;
-  while (map.blocks_per_item() % group != 0) --group;  // threads get equal shares
-  Tiling tiling = tiling_of_group(d, h, row, cell_bytes, group);
+  const int64_t blocks = map.blocks_per_item();
+  Tiling tiling;
+  bool fits = false;
+  for (int64_t group = adjacent ? std::min(blocks, kMostGroup) : 1; group > 0 && !fits; --group)
+    if (blocks % group == 0)  // threads get equal shares
+      std::tie(tiling, fits) = tiling_of_group(d, h, row, cell_bytes, group);
   tiling.plane_step = plane_step < depth_of(d) ? plane_step : 1;
   return tiling;
 }

@@ -73,13 +73,16 @@ struct LaneMap {
   }
 };
 
+// Blocks of neighbouring channels that are staged together, at most.
+constexpr int64_t kMostGroup = 8;
+
 // How work is cut so that what a thread touches stays in its caches.
 struct Tiling {
   int64_t slots;       // source planes held at a time
   int64_t tiles;       // pieces of axis h
   int64_t tile_rows;   // destination rows of a piece
   int64_t slot_rows;   // source rows of a piece, at most
-  int64_t group;       // blocks staged together, row by row: channels-last neighbours share pages
+  int64_t group;       // blocks staged together: of neighbouring channels, if channels are last
   int64_t plane_step;  // planes are visited in this step, so that dilated neighbours share sources
 
   // Plane number i of the order 0, step, 2 step, ..., 1, 1 + step, ...
