@@ -15,7 +15,7 @@ constexpr int64_t kPlanesBytes = 512 << 10;
 constexpr int64_t kGrainVectors = 1 << 13;
 // Measured time of a vector of channels over that of a vector of a row, both full: channels are
 // transposed in registers on their way in and out. Rows of one vector share loads less well.
-constexpr double kChannelsCost = 1.2, kChannelsCostShort = 0.75;
+constexpr double kChannelsCost = 1.3, kChannelsCostShort = 0.75;
 
 // The axes of a pass as tables; RowsArgs points into it.
 struct RowsTables {

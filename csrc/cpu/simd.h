@@ -147,6 +147,43 @@ VOXCONV_INLINE void copy_few(T* to, const T* from, int64_t count) {
   for (; i < count; ++i) to[i] = from[i];
 }
 
+// The first `count` elements of a vector; the others are zero, and not touched in memory.
+template <class T, class E>
+VOXCONV_INLINE Vec<T> load_few(const E* p, int64_t count) {
+  E cell[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) cell[i] = p[i];
+  return load(cell);
+}
+template <class T, class E>
+VOXCONV_INLINE void store_few(E* p, Vec<T> v, int64_t count) {
+  E cell[kLanes<T>];
+  store(cell, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = cell[i];
+}
+#if VOXCONV_VECTOR_BYTES == 64
+template <>
+VOXCONV_INLINE Vec<float> load_few<float, float>(const float* p, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+}
+template <>
+VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+}
+#elif VOXCONV_VECTOR_BYTES == 32
+VOXCONV_INLINE __m256i first_few(int64_t count) {
+  const VecI32 index = {0, 1, 2, 3, 4, 5, 6, 7};
+  return (__m256i)(index < int32_t(count));
+}
+template <>
+VOXCONV_INLINE Vec<float> load_few<float, float>(const float* p, int64_t count) {
+  return (Vec<float>)_mm256_maskload_ps(p, first_few(count));
+}
+template <>
+VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
+  _mm256_maskstore_ps(p, first_few(count), (__m256)v);
+}
+#endif
+
 template <int S, int L, class I, class V>
 VOXCONV_INLINE void exchange(V& a, V& b) {
   I low, high;
