@@ -179,16 +179,22 @@ struct DepthwiseKernels {
   int64_t cell_bytes;  // bytes of a vector
   size_t (*correlate_scratch)(const CorrelateArgs&);
   void (*correlate)(const CorrelateArgs&, int64_t begin, int64_t end, void* scratch);
-  size_t (*rows_scratch)(const RowsArgs&);
-  void (*rows)(const RowsArgs&, int64_t begin, int64_t end, void* scratch);
   size_t (*grad_weight_scratch)(const GradWeightArgs&);
   void (*grad_weight)(const GradWeightArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
+// The same with lanes along w.
+struct RowsKernels {
+  int64_t lanes;       // neighbours in a vector
+  int64_t item_bytes;  // of a staged cell
+  size_t (*scratch)(const RowsArgs&);
+  void (*run)(const RowsArgs&, int64_t begin, int64_t end, void* scratch);
+};
+
 enum class Element { f32, f64, bf16, f16 };
 
-// The kernels for this processor; VOXCONV_CPU_LEVEL = baseline | x86-64-v3 | x86-64-v4 lowers it.
+// The kernels for this processor.
 const DepthwiseKernels& depthwise_kernels(Element element);
-const char* cpu_level();
+const RowsKernels& rows_kernels(Element element);
 
 }  // namespace voxconv

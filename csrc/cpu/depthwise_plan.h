@@ -62,6 +62,6 @@ RowPlan grad_input_row(const Axis& axis, int mode);
 Links repeat_links(const Links& links, int64_t m, int64_t sources, int64_t taps);
 
 // Kernel lengths a segment may have; longer runs of taps are cut into these.
-constexpr int kSegmentLengths[] = {7, 5, 3, 2, 1};
+constexpr int kSegmentLengths[] = {7, 5, 3, 2, 1}, kLongestSegment = 7;
 
 }  // namespace voxconv

@@ -76,8 +76,8 @@ bool rows_suit(const Conv3dShape& shape, const RowPlan& w, const LaneMap& map, b
 
 void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bool backwards,
               const Tensor& source, const Tensor& weight, const void* bias, Tensor& target) {
-  const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
-  const int64_t cell = kernels.cell_bytes / kernels.lanes;
+  const RowsKernels& kernels = rows_kernels(element_of(source));
+  const int64_t cell = kernels.item_bytes;
   RowsTables tables;
   tables.h = backwards ? grad_input_row(shape.axis[1], shape.mode)
                        : forward_row(shape.axis[1], shape.mode);
@@ -139,11 +139,11 @@ void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bo
   a.piece_rows = tables.piece_rows.data();
   a.offsets = tables.offsets.data();
 
-  const size_t bytes = kernels.rows_scratch(a);
+  const size_t bytes = kernels.scratch(a);
   const int64_t vectors = (a.target_size[2] + kernels.lanes - 1) / kernels.lanes;
   const int64_t unit = a.tiling.tile_rows * vectors * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainVectors / unit,
-               [&](int64_t begin, int64_t end) { kernels.rows(a, begin, end, scratch(bytes)); });
+               [&](int64_t begin, int64_t end) { kernels.run(a, begin, end, scratch(bytes)); });
 }
 
 }  // namespace voxconv

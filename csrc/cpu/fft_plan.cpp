@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "depthwise_args.h"
+#include "cpu_level.h"
 
 namespace voxconv {
 namespace {
@@ -13,7 +13,7 @@ namespace {
 // Cycles of a pass for a cell, measured in a line that stays in L1: with 32 registers, and with 16,
 // which the large radices overflow.
 double pass_cost(int radix) {
-  static const bool many = std::strcmp(cpu_level(), "x86-64-v4") == 0;
+  const bool many = cpu_level() == CpuLevel::v4;
   switch (radix) {
     case 1: return many ? 4.4 : 2.4;
     case 2: return many ? 4.8 : 2.6;

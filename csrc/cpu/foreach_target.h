@@ -7,18 +7,16 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VOXCONV_X86_TARGETS 1
-#include <immintrin.h>
-#else
-#define VOXCONV_X86_TARGETS 0
-#endif
-
+#include "cpu_level.h"
 #include "half.h"
+
+#if VOXCONV_X86_LEVELS
+#include <immintrin.h>
+#endif
 
 namespace voxconv {
 
-#if VOXCONV_X86_TARGETS
+#if VOXCONV_X86_LEVELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace x86_64_v4 {
@@ -48,3 +46,13 @@ constexpr int kVectorBytes = 16, kRegisters = 16;
 }  // namespace baseline
 
 }  // namespace voxconv
+
+// `name`, defined by the file, of the level in use.
+#if VOXCONV_X86_LEVELS
+#define VOXCONV_OF_LEVEL(name)                     \
+  (cpu_level() == CpuLevel::v4   ? x86_64_v4::name \
+   : cpu_level() == CpuLevel::v3 ? x86_64_v3::name \
+                                 : baseline::name)
+#else
+#define VOXCONV_OF_LEVEL(name) baseline::name
+#endif
