@@ -26,7 +26,12 @@ constexpr int64_t kGrainCells = 1 << 14;
 // shape alone, because partial sums are added in the order of chunks.
 constexpr int64_t kChunkPlanes = 8, kTasks = 64;
 
-int64_t depth_of(const Links& d) { return static_cast<int64_t>(d.begin.size()) - 1; }
+// Planes are visited in this step: neighbours on the lattice of a dilation share sources.
+int64_t plane_step(const Axis& depth, bool backwards, const Links& d) {
+  const int64_t step = depth.dilation / std::gcd(depth.stride, depth.dilation);
+  const auto planes = static_cast<int64_t>(d.begin.size()) - 1;
+  return (backwards && depth.stride > 1) || step >= planes ? 1 : step;
+}
 
 // Most source planes that one destination plane reads.
 int64_t most_sources(const Links& links) {
@@ -75,16 +80,17 @@ std::pair<Tiling, bool> tiling_of_group(const Links& d, const Links& h, const Ro
   return {tiling, bytes <= most_bytes};
 }
 
-// The largest group that fits. `adjacent`: the channels of the source are neighbours in memory.
+// The largest group that fits.
 Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t cell_bytes,
-                   const LaneMap& map, bool adjacent, int64_t plane_step) {
+                   const LaneMap& map, int64_t step) {
   const int64_t blocks = map.blocks_per_item();
   Tiling tiling;
   bool fits = false;
-  for (int64_t group = adjacent ? std::min(blocks, kMostGroup) : 1; group > 0 && !fits; --group)
+  for (int64_t group = map.split_batch ? std::min(blocks, kMostGroup) : 1; group > 0 && !fits;
+       --group)
     if (blocks % group == 0)  // threads get equal shares
       std::tie(tiling, fits) = tiling_of_group(d, h, row, cell_bytes, group);
-  tiling.plane_step = plane_step < depth_of(d) ? plane_step : 1;
+  tiling.plane_step = step;
   return tiling;
 }
 
@@ -100,12 +106,10 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   advise_huge_pages(target);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
   const LaneMap map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
-  const Axis& depth = shape.axis[0];
-  const int64_t step = depth.dilation / std::gcd(depth.stride, depth.dilation);
-  const int64_t plane_step = backwards && depth.stride > 1 ? 1 : step;
+  const int64_t step = plane_step(shape.axis[0], backwards, d);
   if (rows_suit(shape, row, map, backwards, source, target)) {
-    Tiling tiling{most_sources(d), 0, 0, 0, 1, plane_step < depth_of(d) ? plane_step : 1};
-    run_rows(shape, d, tiling, backwards, source, weight, bias, target);
+    run_rows(shape, d, {most_sources(d), 0, 0, 0, 1, step}, backwards, source, weight, bias,
+             target);
     return;
   }
   CorrelateArgs a;
@@ -124,7 +128,7 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch, plane_step);
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, step);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
@@ -240,8 +244,7 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, a.map.split_batch,
-                         axis[0].dilation / std::gcd(axis[0].stride, axis[0].dilation));
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, plane_step(axis[0], false, d));
   const int64_t most =
       std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes, kTasks / a.map.blocks()));
   a.chunk_planes = (axis[0].out + most - 1) / most;

@@ -32,6 +32,9 @@ struct Segment {
 // Destinations first, first + step, ... (count of them) along w, served by the same segments.
 struct WClass {
   int32_t first, step, count, x_step, segment_begin, segment_end;
+
+  // How many of them lie before position `end`.
+  int64_t before(int64_t end) const { return end > first ? (end - first + step - 1) / step : 0; }
 };
 
 struct Fold {
@@ -63,5 +66,11 @@ Links repeat_links(const Links& links, int64_t m, int64_t sources, int64_t taps)
 
 // Kernel lengths a segment may have; longer runs of taps are cut into these.
 constexpr int kSegmentLengths[] = {7, 5, 3, 2, 1}, kLongestSegment = 7;
+
+constexpr bool is_segment_length(int length) {
+  for (int known : kSegmentLengths)
+    if (known == length) return true;
+  return false;
+}
 
 }  // namespace voxconv

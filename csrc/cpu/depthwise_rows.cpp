@@ -40,8 +40,7 @@ int64_t cut_rows(const RowPlan& h, int64_t tile_rows, std::vector<int64_t>& piec
     const int64_t h1 = std::min<int64_t>(h.size, h0 + tile_rows);
     int64_t low = h.staged(), high = 0;
     for (const WClass& c : h.classes) {
-      const int64_t t0 = h0 > c.first ? (h0 - c.first + c.step - 1) / c.step : 0;
-      const int64_t t1 = h1 > c.first ? (h1 - c.first + c.step - 1) / c.step : 0;
+      const int64_t t0 = c.before(h0), t1 = c.before(h1);
       if (t0 >= t1) continue;
       for (int32_t s = c.segment_begin; s < c.segment_end; ++s) {
         const Segment& segment = h.segments[s];

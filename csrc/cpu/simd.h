@@ -37,6 +37,10 @@ VOXCONV_INLINE constexpr void unroll(const F& f) {
   unroll_from<0, N>(f);
 }
 
+constexpr int clamp(int value, int low, int high) {
+  return value < low ? low : value > high ? high : value;
+}
+
 // Makes the compiler hold v in a register from here on. Without it GCC reads a cell from memory
 // again for each multiply-add that uses it (one load each: the load port becomes the limit), and
 // keeps sixteen store addresses alive across the loop.
@@ -54,17 +58,13 @@ VOXCONV_INLINE void pin(V& v) {
 
 // sum + a * b from registers, in place of the sum. GCC left to itself overwrites a factor that is
 // needed again and copies it beforehand.
-VOXCONV_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b) {
+template <class V>
+VOXCONV_INLINE V multiply_add(V sum, V a, V b) {
 #if VOXCONV_VECTOR_BYTES > 16
-  asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
-  return sum + a * b;
-#endif
-}
-VOXCONV_INLINE Vec<double> multiply_add(Vec<double> sum, Vec<double> a, Vec<double> b) {
-#if VOXCONV_VECTOR_BYTES > 16
-  asm volatile("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  if constexpr (sizeof(sum[0]) == sizeof(float))
+    asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  else
+    asm volatile("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 #else
   return sum + a * b;
