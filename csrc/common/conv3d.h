@@ -12,9 +12,9 @@ enum PaddingMode : int { kZeros = 0, kReplicate = 1, kReflect = 2, kCircular = 3
 struct Axis {
   int64_t in, out, kernel, stride, dilation, before, after;
 
-  int64_t output_size() const {
-    return (in + before + after - dilation * (kernel - 1) - 1) / stride + 1;
-  }
+  // Cells from the first tap to the last.
+  int64_t reach() const { return (kernel - 1) * dilation; }
+  int64_t output_size() const { return (in + before + after - reach() - 1) / stride + 1; }
 };
 
 // x [batch, channels, in...], weight [channels * multiplier, 1, kernel...],

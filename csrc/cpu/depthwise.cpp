@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -26,28 +25,6 @@ constexpr int64_t kGrainCells = 1 << 14;
 // shape alone, because partial sums are added in the order of chunks.
 constexpr int64_t kChunkPlanes = 8, kTasks = 64;
 
-// Planes are visited in this step: neighbours on the lattice of a dilation share sources.
-int64_t plane_step(const Axis& depth, bool backwards, const Links& d) {
-  const int64_t step = depth.dilation / std::gcd(depth.stride, depth.dilation);
-  const auto planes = static_cast<int64_t>(d.begin.size()) - 1;
-  return (backwards && depth.stride > 1) || step >= planes ? 1 : step;
-}
-
-// Most source planes that one destination plane reads.
-int64_t most_sources(const Links& links) {
-  int64_t most = 1;
-  std::vector<int32_t> sources;
-  for (size_t i = 0; i + 1 < links.begin.size(); ++i) {
-    sources.clear();
-    for (int32_t at = links.begin[i]; at < links.begin[i + 1]; ++at)
-      sources.push_back(links.list[at].source);
-    std::sort(sources.begin(), sources.end());
-    const auto distinct = std::unique(sources.begin(), sources.end()) - sources.begin();
-    most = std::max<int64_t>(most, distinct);
-  }
-  return most;
-}
-
 int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
   int32_t low = INT32_MAX, high = -1;
   for (int32_t at = h.begin[h0]; at < h.begin[h1]; ++at) {
@@ -62,7 +39,7 @@ int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
 std::pair<Tiling, bool> tiling_of_group(const Links& d, const Links& h, const RowPlan& row,
                                         int64_t cell_bytes, int64_t group) {
   const auto rows = static_cast<int64_t>(h.begin.size()) - 1;
-  Tiling tiling{most_sources(d), 0, 0, 0, group, 1};
+  Tiling tiling{d.most_sources(), 0, 0, 0, group, 1};
   const int64_t most_bytes = group > 1 ? kGroupBytes : kBlockBytes;
   int64_t bytes = 0;
   do {
@@ -99,24 +76,24 @@ LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_
 }
 
 // Runs one of the two directions: `target` = bias + source * weight.
-void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, const RowPlan& row,
-                   bool backwards, const Tensor& source, const Tensor& weight, const void* bias,
-                   Tensor& target) {
+void run_correlate(const Conv3dShape& shape, bool backwards, const Tensor& source,
+                   const Tensor& weight, const std::optional<Tensor>& bias, Tensor& target) {
   if (target.numel() == 0) return;
   advise_huge_pages(target);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
   const LaneMap map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
-  const int64_t step = plane_step(shape.axis[0], backwards, d);
-  if (rows_suit(shape, row, map, backwards, source, target)) {
-    run_rows(shape, d, {most_sources(d), 0, 0, 0, 1, step}, backwards, source, weight, bias,
-             target);
-    return;
-  }
+  const void* start = bias ? bias->data_ptr() : nullptr;
+  const RowsForm form = rows_form(shape, map, backwards, source, target);
+  if (form != RowsForm::none)
+    return run_rows(form, shape, backwards, source, weight, start, target);
+  const Links d = plane_links(shape.axis[0], shape.mode, backwards, shape.multiplier);
+  const Links h = links_of(shape.axis[1], shape.mode, backwards);
+  const RowPlan row = row_of(shape.axis[2], shape.mode, backwards);
   CorrelateArgs a;
   a.source = strided(source);
   a.target = strided(target);
   a.weight = weight.data_ptr();
-  a.bias = bias;
+  a.bias = start;
   a.divide = backwards ? 1 : shape.multiplier;
   a.gather = backwards ? shape.multiplier : 1;
   a.map = map;
@@ -128,7 +105,8 @@ void run_correlate(const Conv3dShape& shape, const Links& d, const Links& h, con
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, step);
+  a.tiling =
+      make_tiling(d, h, row, kernels.cell_bytes, a.map, plane_step(shape.axis[0], backwards));
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
@@ -150,10 +128,7 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
                                        padding, dilation, mode);
   const Axis* axis = shape.axis;
   Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
-  const Tensor w = contiguous(weight);
-  const std::optional<Tensor> b = checked_bias(bias, x, filters);
-  run_correlate(shape, forward_links(axis[0], shape.mode), forward_links(axis[1], shape.mode),
-                forward_row(axis[2], shape.mode), false, x, w, b ? b->data_ptr() : nullptr, y);
+  run_correlate(shape, false, x, contiguous(weight), checked_bias(bias, x, filters), y);
   return y;
 }
 
@@ -176,12 +151,7 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
       grad.size(2) == axis[0].out && grad.size(3) == axis[1].out && grad.size(4) == axis[2].out,
       "voxconv: grad does not have the size of the output");
   Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
-  const Links d = repeat_links(grad_input_links(axis[0], shape.mode), shape.multiplier, axis[0].out,
-                               axis[0].kernel);
-  const std::optional<Tensor> b = checked_bias(bias, grad, channels);
-  run_correlate(shape, d, grad_input_links(axis[1], shape.mode),
-                grad_input_row(axis[2], shape.mode), true, grad, contiguous(weight),
-                b ? b->data_ptr() : nullptr, x);
+  run_correlate(shape, true, grad, contiguous(weight), checked_bias(bias, grad, channels), x);
   return x;
 }
 
@@ -229,8 +199,8 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
   if (shape.batch == 0) return torch::stable::zero_(weight);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(x));
-  const Links d = forward_links(axis[0], shape.mode), h = forward_links(axis[1], shape.mode);
-  const RowPlan row = forward_row(axis[2], shape.mode);
+  const Links d = links_of(axis[0], shape.mode, false), h = links_of(axis[1], shape.mode, false);
+  const RowPlan row = row_of(axis[2], shape.mode, false);
   GradWeightArgs a;
   a.grad = strided(grad);
   a.x = strided(x);
@@ -244,7 +214,7 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, plane_step(axis[0], false, d));
+  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, plane_step(axis[0], false));
   const int64_t most =
       std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes, kTasks / a.map.blocks()));
   a.chunk_planes = (axis[0].out + most - 1) / most;

@@ -130,31 +130,48 @@ struct CorrelateArgs {
   int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }
 };
 
-// The same as CorrelateArgs, with lanes along w: for sources and targets whose rows lie in memory
-// as they are, and a stride of 1 along w. A source plane is staged with its padding: row q of it is
-// source row row_source[q], or zeros if that is < 0; of a row, cells inner .. inner_end are those
-// of the source from inner_source on, and some others are copied from it too (`margin`, by source
-// cell). Tap kw of destination w reads cell w + offsets[kw]. Axis h is planned like a row.
+// Source lines from .. from + count - 1 go to staged lines to ..
+struct LineRun {
+  int32_t from, to, count;
+};
+
+// The same as CorrelateArgs, with lanes along w: for sources and targets whose lines lie in memory
+// as they are, and a stride of 1 along w. The kernel knows planes (which only add up), rows (whose
+// taps share loads), the lines of a row and lanes; which axis is which is the host's choice.
+//
+// Staged row q is source row row_source[q] with its padding, or zeros if that is < 0: runs of
+// lines, of a line `inner_count` cells and then those of `margin` (from a cell to a cell). Tap i of
+// a row reads the cell offsets[i] behind that of the destination. Sums of a row are those of one
+// line after the other (`in_place`), or `width` cells from its first line to its last, and what
+// lies between its lines is thrown away.
 struct RowsArgs {
+  struct Steps {
+    int64_t plane, row, line;
+  };
   Strided source, target;
-  const void* weight;  // [channels * gather, kernel...], contiguous
+  Steps source_step, target_step;
+  const void* weight;  // [channels * gather, taps of planes, of rows, of a row], contiguous
   const void* bias;    // [channels] or null
   int64_t pairs;       // batch * channels
   int64_t channels, divide, gather;
-  int64_t source_size[3], target_size[3], kernel[3];
+  int64_t source_planes, planes, rows, width;  // width: of what is summed as one
+  int64_t plane_taps, row_taps, taps;
   LinksView d;
   RowView h;
   const int32_t* row_source;
   const int64_t *piece_rows, *offsets;  // of a piece: first and last staged row
-  int64_t staged, inner, inner_end, inner_source, pitch;
+  const LineRun* lines;
   const Fold* margin;
-  int64_t margin_count;
+  int64_t line_runs, margin_count;
+  int64_t inner_source, inner_count, inner;
+  int64_t line_pitch, pitch;  // of staged lines and rows
+  int64_t target_lines, line_width;
   bool direct;    // nothing to pad or to widen: planes are read where they are
-  bool in_place;  // nothing to narrow, and rows hold whole vectors: sums are the target itself
+  bool in_place;  // sums are the target itself
   Tiling tiling;
 
   // One unit of work is a destination plane of a piece of a (batch, channel) pair.
-  int64_t units() const { return pairs * tiling.tiles * target_size[0]; }
+  int64_t units() const { return pairs * tiling.tiles * planes; }
 };
 
 // weight gradient: partial[chunk * blocks + block][tap][lane], summed by the caller over batch and

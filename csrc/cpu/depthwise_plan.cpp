@@ -10,11 +10,11 @@ namespace {
 // Below this many destinations a class is too short to share loads between neighbours.
 constexpr int64_t kShortestSharedClass = 4;
 
-Links group_by_destination(int64_t size, std::vector<std::vector<Link>>& per_destination) {
+Links group_by_destination(const std::vector<std::vector<Link>>& per_destination) {
   Links links;
-  links.begin.reserve(size + 1);
+  links.begin.reserve(per_destination.size() + 1);
   links.begin.push_back(0);
-  for (auto& list : per_destination) {
+  for (const auto& list : per_destination) {
     links.list.insert(links.list.end(), list.begin(), list.end());
     links.begin.push_back(static_cast<int32_t>(links.list.size()));
   }
@@ -25,8 +25,8 @@ Links group_by_destination(int64_t size, std::vector<std::vector<Link>>& per_des
 void append_segments(RowPlan& plan, int64_t offset, int64_t tap, int64_t tap_step, int64_t count,
                      int64_t x_step) {
   while (count > 0) {
-    // 6 = 3 + 3 and 4 = 2 + 2 beat 5 + 1 and 3 + 1: a segment of one tap shares nothing.
-    int64_t length = count == 6 ? 3 : count == 4 ? 2 : 0;
+    // 6 = 3 + 3 beats 5 + 1, and 8 = 4 + 4 beats 7 + 1: a segment of one tap shares nothing.
+    int64_t length = count == 6 ? 3 : count == 8 ? 4 : 0;
     for (int candidate : kSegmentLengths)
       if (length == 0 && candidate <= count) length = candidate;
     plan.segments.push_back({static_cast<int32_t>(offset), static_cast<int32_t>(tap),
@@ -89,48 +89,6 @@ RowPlan gather_row(const Axis& axis, int64_t size, int64_t origin) {
   return plan;
 }
 
-}  // namespace
-
-int64_t Links::longest() const {
-  int64_t longest = 0;
-  for (size_t i = 0; i + 1 < begin.size(); ++i)
-    longest = std::max<int64_t>(longest, begin[i + 1] - begin[i]);
-  return longest;
-}
-
-Links forward_links(const Axis& axis, int mode) {
-  std::vector<std::vector<Link>> lists(axis.out);
-  for (int64_t o = 0; o < axis.out; ++o)
-    for (int64_t k = 0; k < axis.kernel; ++k) {
-      const int64_t i =
-          source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode);
-      if (i >= 0) lists[o].push_back({static_cast<int32_t>(i), static_cast<int32_t>(k)});
-    }
-  return group_by_destination(axis.out, lists);
-}
-
-Links grad_input_links(const Axis& axis, int mode) {
-  std::vector<std::vector<Link>> lists(axis.in);
-  for (int64_t o = 0; o < axis.out; ++o)
-    for (int64_t k = 0; k < axis.kernel; ++k) {
-      const int64_t i =
-          source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode);
-      if (i >= 0) lists[i].push_back({static_cast<int32_t>(o), static_cast<int32_t>(k)});
-    }
-  return group_by_destination(axis.in, lists);
-}
-
-Links repeat_links(const Links& links, int64_t m, int64_t sources, int64_t taps) {
-  const auto destinations = static_cast<int64_t>(links.begin.size()) - 1;
-  std::vector<std::vector<Link>> lists(destinations);
-  for (int64_t i = 0; i < destinations; ++i)
-    for (int64_t j = 0; j < m; ++j)
-      for (int32_t at = links.begin[i]; at < links.begin[i + 1]; ++at)
-        lists[i].push_back({static_cast<int32_t>(links.list[at].source + j * sources),
-                            static_cast<int32_t>(links.list[at].tap + j * taps)});
-  return group_by_destination(destinations, lists);
-}
-
 RowPlan forward_row(const Axis& axis, int mode) {
   const int64_t s = axis.stride, d = axis.dilation, g = std::gcd(s, d);
   const int64_t shared = d / g;
@@ -170,6 +128,63 @@ RowPlan grad_input_row(const Axis& axis, int mode) {
       plan.folds.push_back({static_cast<int32_t>(i + axis.before),
                             static_cast<int32_t>(source_index(i, axis.in, mode) + axis.before)});
   return plan;
+}
+
+}  // namespace
+
+int64_t Links::longest() const {
+  int64_t longest = 0;
+  for (size_t i = 0; i + 1 < begin.size(); ++i)
+    longest = std::max<int64_t>(longest, begin[i + 1] - begin[i]);
+  return longest;
+}
+
+int64_t Links::most_sources() const {
+  int64_t most = 1;
+  std::vector<int32_t> sources;
+  for (size_t i = 0; i + 1 < begin.size(); ++i) {
+    sources.clear();
+    for (int32_t at = begin[i]; at < begin[i + 1]; ++at) sources.push_back(list[at].source);
+    std::sort(sources.begin(), sources.end());
+    const auto distinct = std::unique(sources.begin(), sources.end()) - sources.begin();
+    most = std::max<int64_t>(most, distinct);
+  }
+  return most;
+}
+
+Links links_of(const Axis& axis, int mode, bool backwards) {
+  std::vector<std::vector<Link>> lists(backwards ? axis.in : axis.out);
+  for (int64_t o = 0; o < axis.out; ++o)
+    for (int64_t k = 0; k < axis.kernel; ++k) {
+      const int64_t i =
+          source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode);
+      if (i >= 0)
+        lists[backwards ? i : o].push_back(
+            {static_cast<int32_t>(backwards ? o : i), static_cast<int32_t>(k)});
+    }
+  return group_by_destination(lists);
+}
+
+Links plane_links(const Axis& axis, int mode, bool backwards, int64_t multiplier) {
+  const Links links = links_of(axis, mode, backwards);
+  if (!backwards || multiplier == 1) return links;
+  const auto destinations = static_cast<int64_t>(links.begin.size()) - 1;
+  std::vector<std::vector<Link>> lists(destinations);
+  for (int64_t i = 0; i < destinations; ++i)
+    for (int64_t j = 0; j < multiplier; ++j)
+      for (int32_t at = links.begin[i]; at < links.begin[i + 1]; ++at)
+        lists[i].push_back({static_cast<int32_t>(links.list[at].source + j * axis.out),
+                            static_cast<int32_t>(links.list[at].tap + j * axis.kernel)});
+  return group_by_destination(lists);
+}
+
+int64_t plane_step(const Axis& axis, bool backwards) {
+  const int64_t step = axis.dilation / std::gcd(axis.stride, axis.dilation);
+  return (backwards && axis.stride > 1) || step >= (backwards ? axis.in : axis.out) ? 1 : step;
+}
+
+RowPlan row_of(const Axis& axis, int mode, bool backwards) {
+  return backwards ? grad_input_row(axis, mode) : forward_row(axis, mode);
 }
 
 }  // namespace voxconv

@@ -20,6 +20,7 @@ struct Links {
   std::vector<Link> list;
 
   int64_t longest() const;
+  int64_t most_sources() const;  // of one destination
 };
 
 // Taps tap, tap + tap_step, ... (length of them) of an axis w. For the t-th destination of its
@@ -55,17 +56,19 @@ struct RowPlan {
   int32_t staged() const { return left + source_size + right; }
 };
 
-Links forward_links(const Axis& axis, int mode);
-Links grad_input_links(const Axis& axis, int mode);
-RowPlan forward_row(const Axis& axis, int mode);
-RowPlan grad_input_row(const Axis& axis, int mode);
+// The links and the row of a pass: forward, or backwards from the output to grad_input.
+Links links_of(const Axis& axis, int mode, bool backwards);
+RowPlan row_of(const Axis& axis, int mode, bool backwards);
 
-// Repeats the links of axis d for each of m sources, source-major: the channel multiplier of
-// grad_input, where an input channel gathers from m output channels.
-Links repeat_links(const Links& links, int64_t m, int64_t sources, int64_t taps);
+// The links of axis d, for a pass that gathers several source channels into one (the channel
+// multiplier of grad_input): repeated for each of them, source-major.
+Links plane_links(const Axis& axis, int mode, bool backwards, int64_t multiplier);
+
+// Planes are visited in this step: neighbours on the lattice of a dilation share sources.
+int64_t plane_step(const Axis& axis, bool backwards);
 
 // Kernel lengths a segment may have; longer runs of taps are cut into these.
-constexpr int kSegmentLengths[] = {7, 5, 3, 2, 1}, kLongestSegment = 7;
+constexpr int kSegmentLengths[] = {7, 5, 4, 3, 2, 1}, kLongestSegment = 7;
 
 constexpr bool is_segment_length(int length) {
   for (int known : kSegmentLengths)

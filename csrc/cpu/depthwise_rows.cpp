@@ -2,6 +2,7 @@
 #include "depthwise_rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "scratch.h"
@@ -13,16 +14,76 @@ namespace {
 constexpr int64_t kPlanesBytes = 512 << 10;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainVectors = 1 << 13;
-// Measured time of a vector of channels over that of a vector of a row, both full: channels are
-// transposed in registers on their way in and out. Rows of one vector share loads less well.
-constexpr double kChannelsCost = 1.3, kChannelsCostShort = 0.75;
+// What a vector of destinations costs besides its taps, and a tap of lanes over channels, in taps
+// of lanes along w: measured. Channels are transposed in registers on their way in and out; rows of
+// one line leave a staged plane three times for a kernel of three planes, those of a plane once.
+constexpr double kChannelsMove = 60, kLinesMove = 35, kPlanesMove = 30, kChannelsTap = 1.3;
+// Sums that are moved to the target afterwards cost that much more.
+constexpr double kMoveSums = 1.1;
+// Rows are cut into pieces until there are that many: work for threads. A piece has rows for a
+// tile.
+constexpr int64_t kPieces = 16, kPieceRows = 8;
+
+constexpr Axis kNoAxis = {1, 1, 1, 1, 1, 0, 0};
+
+// The axes of a convolution as the kernel sees them, and the steps of its tensors along them.
+struct RowsAxes {
+  Axis plane, row, line, w;
+  RowsArgs::Steps source, target;
+};
+
+RowsAxes axes_of(RowsForm form, const Axis* axis, const Strided& x, const Strided& y) {
+  if (form == RowsForm::lines)
+    return {axis[0], axis[1], kNoAxis, axis[2], {x.d, x.h, 0}, {y.d, y.h, 0}};
+  return {kNoAxis, axis[0], axis[1], axis[2], {0, x.d, x.h}, {0, y.d, y.h}};
+}
+
+int64_t target_size(const Axis& axis, bool backwards) { return backwards ? axis.in : axis.out; }
+
+double ratio(int64_t a, int64_t b) { return static_cast<double>(a) / static_cast<double>(b); }
+
+int64_t round_up(int64_t cells, int64_t lanes) { return (cells + lanes - 1) / lanes * lanes; }
+
+// How the lines of a row are summed: each by itself, into the target, or all at a time with the
+// margins between them. Whatever wastes fewer lanes.
+struct RowLanes {
+  bool in_place;
+  int64_t width;
+  double waste;  // lanes over destinations
+};
+
+RowLanes row_lanes(const Axis& line, const Axis& w, bool backwards, int64_t lanes, bool same_type) {
+  const int64_t lines = target_size(line, backwards), width = target_size(w, backwards);
+  const int64_t whole = (lines - 1) * (width + w.reach()) + width;
+  const double alone = ratio(round_up(width, lanes), width);
+  const double together = ratio(round_up(whole, lanes), lines * width);
+  if (same_type && width >= lanes && alone <= kMoveSums * together) return {true, width, alone};
+  return {false, whole, together};
+}
 
 // The axes of a pass as tables; RowsArgs points into it.
 struct RowsTables {
-  RowPlan h;
+  Links planes;
+  RowPlan rows;
   std::vector<int32_t> row_source;
   std::vector<int64_t> offsets, piece_rows;
+  std::vector<LineRun> lines;
   std::vector<Fold> margin;
+};
+
+// A line, or the lines of a row: destination i reads the staged cells i + taps[k], and staged cell
+// j is cell j - before of the source.
+struct Window {
+  int64_t source, target, before, staged;
+  std::vector<int64_t> taps;
+
+  Window(const Axis& axis, bool backwards)
+      : source(backwards ? axis.out : axis.in), target(target_size(axis, backwards)) {
+    before = backwards ? axis.reach() - axis.before : axis.before;
+    staged = target + axis.reach();
+    for (int64_t k = 0; k < axis.kernel; ++k)
+      taps.push_back((backwards ? axis.kernel - 1 - k : k) * axis.dilation);
+  }
 };
 
 std::vector<int32_t> staged_sources(const RowPlan& plan) {
@@ -55,91 +116,146 @@ int64_t cut_rows(const RowPlan& h, int64_t tile_rows, std::vector<int64_t>& piec
   return most;
 }
 
-}  // namespace
-
-bool rows_suit(const Conv3dShape& shape, const RowPlan& w, const LaneMap& map, bool backwards,
-               const Tensor& source, const Tensor& target) {
-  const Axis& axis = shape.axis[2];
-  const bool folded = backwards && shape.mode != kZeros &&
-                      (shape.axis[1].before + shape.axis[1].after > 0 || !w.folds.empty());
-  if (axis.stride != 1 || folded || source.stride(4) != 1 || target.stride(4) != 1) return false;
-  const int64_t width = backwards ? axis.in : axis.out, lanes = map.lanes;
-  const int64_t vectors = (width + lanes - 1) / lanes;
-  const auto waste = [](int64_t used, int64_t wanted) {
-    return static_cast<double>(used) / static_cast<double>(wanted);
-  };
-  const double cost = vectors > 1 ? kChannelsCost : kChannelsCostShort;
-  return waste(vectors * lanes, width) <=
-         cost * waste(map.blocks() * lanes, map.batch * map.channels);
+// Which lines of a source row are staged where, as few runs.
+std::vector<LineRun> line_runs(const Window& line, int mode) {
+  std::vector<LineRun> runs;
+  for (int64_t to = 0; to < line.staged; ++to) {
+    const int64_t from = source_index(to - line.before, line.source, mode);
+    if (from < 0) continue;
+    if (!runs.empty() && from == runs.back().from + runs.back().count &&
+        to == runs.back().to + runs.back().count)
+      ++runs.back().count;
+    else
+      runs.push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), 1});
+  }
+  return runs;
 }
 
-void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bool backwards,
-              const Tensor& source, const Tensor& weight, const void* bias, Tensor& target) {
+// An odd number of cache lines: rows above each other do not compete for the same few of them.
+int64_t odd_lines(int64_t cells, int64_t lanes) {
+  const int64_t size = round_up(cells, lanes);
+  return size / lanes % 2 ? size : size + lanes;
+}
+
+// Taps of a destination that read a cell of the source, on average.
+double live_taps(const Axis& axis, int mode, bool backwards) {
+  int64_t live = 0;
+  for (int64_t o = 0; o < axis.out; ++o)
+    for (int64_t k = 0; k < axis.kernel; ++k)
+      live += source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode) >= 0;
+  return ratio(live, target_size(axis, backwards));
+}
+
+// Taps of a destination, on average, dead ones too.
+double all_taps(const Axis& axis, bool backwards) {
+  return ratio(axis.kernel, backwards ? axis.stride : 1);
+}
+
+}  // namespace
+
+RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, bool backwards,
+                   const Tensor& source, const Tensor& target) {
+  const Axis* axis = shape.axis;
+  const auto folded = [&](int i) {
+    return backwards && shape.mode != kZeros && axis[i].before + axis[i].after > 0;
+  };
+  if (source.stride(4) != 1 || target.stride(4) != 1 || axis[2].stride != 1 || folded(1) ||
+      folded(2))
+    return RowsForm::none;
+  const bool same_type = source.element_size() == rows_kernels(element_of(source)).item_bytes;
+  const auto live = [&](int i) { return live_taps(axis[i], shape.mode, backwards); };
+  const auto all = [&](int i) { return all_taps(axis[i], backwards); };
+  const auto waste = [&](const Axis& line) {
+    return row_lanes(line, axis[2], backwards, map.lanes, same_type).waste;
+  };
+  const double channels =
+      kChannelsMove + kChannelsTap * live(0) * live(1) * all(2) *
+                          ratio(map.blocks() * map.lanes, map.batch * map.channels);
+  const double lines = kLinesMove + live(0) * all(1) * all(2) * waste(kNoAxis);
+  const double planes = axis[1].stride != 1 || folded(0)
+                            ? HUGE_VAL
+                            : kPlanesMove + all(0) * all(1) * all(2) * waste(axis[1]);
+  if (channels < std::min(lines, planes)) return RowsForm::none;
+  return lines < planes ? RowsForm::lines : RowsForm::planes;
+}
+
+void run_rows(RowsForm form, const Conv3dShape& shape, bool backwards, const Tensor& source,
+              const Tensor& weight, const void* bias, Tensor& target) {
   const RowsKernels& kernels = rows_kernels(element_of(source));
   const int64_t cell = kernels.item_bytes;
-  RowsTables tables;
-  tables.h = backwards ? grad_input_row(shape.axis[1], shape.mode)
-                       : forward_row(shape.axis[1], shape.mode);
-  tables.row_source = staged_sources(tables.h);
-
   RowsArgs a;
   a.source = strided(source);
   a.target = strided(target);
+  const RowsAxes axes = axes_of(form, shape.axis, a.source, a.target);
+  RowsTables tables;
+  tables.planes = plane_links(axes.plane, shape.mode, backwards, shape.multiplier);
+  tables.rows = row_of(axes.row, shape.mode, backwards);
+  tables.row_source = staged_sources(tables.rows);
+
+  a.source_step = axes.source;
+  a.target_step = axes.target;
   a.weight = weight.data_ptr();
   a.bias = bias;
   a.channels = target.size(1);
   a.pairs = shape.batch * a.channels;
   a.divide = backwards ? 1 : shape.multiplier;
   a.gather = backwards ? shape.multiplier : 1;
-  for (int i = 0; i < 3; ++i) {
-    a.source_size[i] = source.size(2 + i);
-    a.target_size[i] = target.size(2 + i);
-    a.kernel[i] = shape.axis[i].kernel;
-  }
-  a.d = view(d);
-  a.h = view(tables.h);
+  a.source_planes = backwards ? axes.plane.out : axes.plane.in;
+  a.planes = backwards ? axes.plane.in : axes.plane.out;
+  a.rows = tables.rows.size;
+  a.plane_taps = axes.plane.kernel;
+  a.row_taps = axes.row.kernel;
+  a.taps = axes.line.kernel * axes.w.kernel;
+  a.d = view(tables.planes);
+  a.h = view(tables.rows);
 
-  const Axis& w = shape.axis[2];
-  const int64_t reach = (w.kernel - 1) * w.dilation;
-  const int64_t before = backwards ? reach - w.before : w.before;
-  for (int64_t k = 0; k < w.kernel; ++k)
-    tables.offsets.push_back((backwards ? w.kernel - 1 - k : k) * w.dilation);
-  a.staged = a.target_size[2] + reach;
-  a.inner = std::min(std::max<int64_t>(0, before), a.staged);
-  a.inner_end = std::max(a.inner, std::min(a.staged, before + a.source_size[2]));
-  a.inner_source = a.inner - before;
-  for (int64_t i = 0; i < a.staged; ++i) {
-    const int64_t from = source_index(i - before, a.source_size[2], shape.mode);
-    if (from >= 0 && (i < a.inner || i >= a.inner_end))
+  // Backwards there is nothing beyond an axis but zeros: a padding that adds there does not come
+  // here.
+  const int mode = backwards ? kZeros : shape.mode;
+  const Window line(axes.line, backwards), w(axes.w, backwards);
+  tables.lines = line_runs(line, mode);
+  a.inner = std::min(std::max<int64_t>(0, w.before), w.staged);
+  a.inner_source = a.inner - w.before;
+  a.inner_count = std::max<int64_t>(0, std::min(w.staged, w.before + w.source) - a.inner);
+  for (int64_t i = 0; i < w.staged; ++i) {
+    const int64_t from = source_index(i - w.before, w.source, mode);
+    if (from >= 0 && (i < a.inner || i >= a.inner + a.inner_count))
       tables.margin.push_back({static_cast<int32_t>(from), static_cast<int32_t>(i)});
   }
+  a.lines = tables.lines.data();
+  a.line_runs = static_cast<int64_t>(tables.lines.size());
   a.margin = tables.margin.data();
   a.margin_count = static_cast<int64_t>(tables.margin.size());
-  // An odd number of cache lines: rows above each other do not compete for the same few of them.
-  a.pitch = (a.staged + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  if (a.pitch / kernels.lanes % 2 == 0) a.pitch += kernels.lanes;
-
-  const bool bare = tables.h.left == 0 && tables.h.right == 0 && before == 0 && reach == 0;
-  a.in_place =
-      cell == static_cast<int64_t>(source.element_size()) && a.target_size[2] >= kernels.lanes;
-  a.direct = bare && a.in_place;
-  a.tiling = tiling;
-  const int64_t rows = a.target_size[1];
+  a.line_pitch = w.staged;
+  a.pitch = odd_lines(line.staged * w.staged, kernels.lanes);
+  a.target_lines = line.target;
+  a.line_width = w.target;
+  const RowLanes lanes = row_lanes(axes.line, axes.w, backwards, kernels.lanes,
+                                   cell == static_cast<int64_t>(source.element_size()));
+  a.width = lanes.width;
+  a.in_place = lanes.in_place;
+  a.direct = a.in_place && line.taps.size() * w.taps.size() == 1 && line.staged == line.source &&
+             w.staged == w.source && tables.rows.left == 0 && tables.rows.right == 0;
+  if (a.direct) a.line_pitch = a.source_step.line;
+  for (int64_t up : line.taps)
+    for (int64_t along : w.taps) tables.offsets.push_back(up * a.line_pitch + along);
+  a.tiling = {tables.planes.most_sources(), 0, 0, 0, 1, plane_step(axes.plane, backwards)};
   a.tiling.tiles = 0;
   do {
     ++a.tiling.tiles;
-    a.tiling.tile_rows = (rows + a.tiling.tiles - 1) / a.tiling.tiles;
-    a.tiling.slot_rows = cut_rows(tables.h, a.tiling.tile_rows, tables.piece_rows);
+    a.tiling.tile_rows = (a.rows + a.tiling.tiles - 1) / a.tiling.tiles;
+    a.tiling.slot_rows = cut_rows(tables.rows, a.tiling.tile_rows, tables.piece_rows);
     // Shorter pieces would stage the rows they share with their neighbours too often.
-  } while (!a.direct && a.tiling.slots * a.tiling.slot_rows * a.pitch * cell > kPlanesBytes &&
-           a.tiling.tile_rows > 4 * (tables.h.staged() - rows + 1));
-  a.tiling.tiles = (rows + a.tiling.tile_rows - 1) / a.tiling.tile_rows;
+  } while ((a.pairs * a.planes * a.tiling.tiles < kPieces && a.tiling.tile_rows > kPieceRows) ||
+           (!a.direct && a.tiling.slots * a.tiling.slot_rows * a.pitch * cell > kPlanesBytes &&
+            a.tiling.tile_rows > 4 * (tables.rows.staged() - a.rows + 1)));
+  a.tiling.tiles = (a.rows + a.tiling.tile_rows - 1) / a.tiling.tile_rows;
   a.row_source = tables.row_source.data();
   a.piece_rows = tables.piece_rows.data();
   a.offsets = tables.offsets.data();
 
   const size_t bytes = kernels.scratch(a);
-  const int64_t vectors = (a.target_size[2] + kernels.lanes - 1) / kernels.lanes;
+  const int64_t vectors = (a.width + kernels.lanes - 1) / kernels.lanes;
   const int64_t unit = a.tiling.tile_rows * vectors * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainVectors / unit,
                [&](int64_t begin, int64_t end) { kernels.run(a, begin, end, scratch(bytes)); });

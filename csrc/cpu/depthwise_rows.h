@@ -6,14 +6,14 @@
 
 namespace voxconv {
 
-// Whether lanes along w suit a pass better than lanes over channels. `w` is what the lanes over
-// channels would use.
-bool rows_suit(const Conv3dShape& shape, const RowPlan& w, const LaneMap& map, bool backwards,
-               const Tensor& source, const Tensor& target);
+// What a row is: a line of w, or a plane of such lines. None: lanes over channels suit better.
+enum class RowsForm { none, lines, planes };
 
-// target = bias + source * weight, for a pass that rows suit. `tiling` knows slots and the order of
-// planes.
-void run_rows(const Conv3dShape& shape, const Links& d, const Tiling& tiling, bool backwards,
-              const Tensor& source, const Tensor& weight, const void* bias, Tensor& target);
+RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, bool backwards,
+                   const Tensor& source, const Tensor& target);
+
+// target = bias + source * weight, by rows of that form.
+void run_rows(RowsForm form, const Conv3dShape& shape, bool backwards, const Tensor& source,
+              const Tensor& weight, const void* bias, Tensor& target);
 
 }  // namespace voxconv

@@ -169,6 +169,30 @@ template <>
 VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
 }
+template <>
+VOXCONV_INLINE Vec<float> load_few<float, Bf16>(const Bf16* p, int64_t count) {
+  const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+template <>
+VOXCONV_INLINE Vec<float> load_few<float, F16>(const F16* p, int64_t count) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(
+      0xffff, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+}
+template <class E>
+VOXCONV_INLINE void store_few_halves(E* p, Vec<float> v, int64_t count) {
+  E cell[kLanes<float>];
+  store(cell, v);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), _mm256_loadu_si256((__m256i*)cell));
+}
+template <>
+VOXCONV_INLINE void store_few<float, Bf16>(Bf16* p, Vec<float> v, int64_t count) {
+  store_few_halves(p, v, count);
+}
+template <>
+VOXCONV_INLINE void store_few<float, F16>(F16* p, Vec<float> v, int64_t count) {
+  store_few_halves(p, v, count);
+}
 #elif VOXCONV_VECTOR_BYTES == 32
 VOXCONV_INLINE __m256i first_few(int64_t count) {
   const VecI32 index = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -183,6 +207,24 @@ VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t coun
   _mm256_maskstore_ps(p, first_few(count), (__m256)v);
 }
 #endif
+
+// Copies `lines` lines of `count` <= kLanes elements, converted if need be.
+template <class T, class A, class B>
+void copy_short_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_t lines,
+                      int64_t count) {
+#if VOXCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4 && sizeof(B) == 4) {
+    if (count <= kLanes<T> / 2) {  // half a vector seldom crosses a cache line
+      const __mmask8 few = __mmask8((1u << count) - 1);
+      for (; lines > 0; --lines, to += to_step, from += from_step)
+        _mm256_mask_storeu_ps(to, few, _mm256_maskz_loadu_ps(few, from));
+      return;
+    }
+  }
+#endif
+  for (; lines > 0; --lines, to += to_step, from += from_step)
+    store_few<T>(to, load_few<T>(from, count), count);
+}
 
 template <int S, int L, class I, class V>
 VOXCONV_INLINE void exchange(V& a, V& b) {
