@@ -42,6 +42,7 @@ def test_zero_batch_dtypes(dtype: torch.dtype) -> None:
 Passes = dict[str, torch.Tensor]
 REACH = [
     Case("plain", channels=2, size=(5, 6, 19), kernel=(3, 3, 5), padding=(1, 1, 2)),
+    Case("wide", channels=2, size=(9, 3, 48), padding=1),
     Case("valid", channels=2, size=(4, 5, 17), padding="valid"),
     Case("stride2", channels=2, size=(5, 6, 19), stride=(2, 2, 2), padding=1),
     Case("skipping", channels=2, size=(7, 8, 20), kernel=(1, 2, 1), stride=(2, 3, 2)),

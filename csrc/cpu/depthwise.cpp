@@ -3,8 +3,6 @@
 #include "../common/stable.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -76,16 +74,16 @@ LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_
 }
 
 // Runs one of the two directions: `target` = bias + source * weight.
-void run_correlate(const Conv3dShape& shape, bool backwards, const Tensor& source,
-                   const Tensor& weight, const std::optional<Tensor>& bias, Tensor& target) {
+void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
+                   const std::optional<Tensor>& bias, Tensor& target) {
   if (target.numel() == 0) return;
   advise_huge_pages(target);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
   const LaneMap map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
   const void* start = bias ? bias->data_ptr() : nullptr;
-  const RowsForm form = rows_form(shape, map, backwards, source, target);
-  if (form != RowsForm::none)
-    return run_rows(form, shape, backwards, source, weight, start, target);
+  const RowsForm form = rows_form(shape, map, pass, source, target);
+  if (form != RowsForm::none) return run_rows(form, shape, pass, source, weight, start, target);
+  const bool backwards = pass == Pass::grad_input;
   const Links d = plane_links(shape.axis[0], shape.mode, backwards, shape.multiplier);
   const Links h = links_of(shape.axis[1], shape.mode, backwards);
   const RowPlan row = row_of(shape.axis[2], shape.mode, backwards);
@@ -128,7 +126,7 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
                                        padding, dilation, mode);
   const Axis* axis = shape.axis;
   Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
-  run_correlate(shape, false, x, contiguous(weight), checked_bias(bias, x, filters), y);
+  run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), y);
   return y;
 }
 
@@ -151,31 +149,33 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
       grad.size(2) == axis[0].out && grad.size(3) == axis[1].out && grad.size(4) == axis[2].out,
       "voxconv: grad does not have the size of the output");
   Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
-  run_correlate(shape, true, grad, contiguous(weight), checked_bias(bias, grad, channels), x);
+  run_correlate(shape, Pass::grad_input, grad, contiguous(weight),
+                checked_bias(bias, grad, channels), x);
   return x;
 }
 
-// weight[c] = sum over batch and chunks, in that order, of the partial sums of c's lane.
-template <typename T, typename E>
-void sum_partials(const GradWeightArgs& a, const T* partial, E* weight) {
-  const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2], lanes = a.map.lanes;
-  const int64_t terms = a.map.batch * a.chunks;
-  parallel_for(a.map.channels, kGrainCells / (taps * terms), [&](int64_t begin, int64_t end) {
-    std::vector<T> sums(taps);
-    for (int64_t c = begin; c < end; ++c) {
-      std::fill(sums.begin(), sums.end(), T(0));
-      for (int64_t n = 0; n < a.map.batch; ++n) {
-        const int64_t flat = a.map.split_batch
-                                 ? (n * a.map.blocks_per_item() + c / lanes) * lanes + c % lanes
-                                 : n * a.map.channels + c;
-        for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-          const T* from =
-              partial + (chunk * a.map.blocks() + flat / lanes) * taps * lanes + flat % lanes;
-          for (int64_t tap = 0; tap < taps; ++tap) sums[tap] += from[tap * lanes];
-        }
+// weight[c][tap] = sum over batch and chunks, in that order, of partial[at(n, c, chunk) + tap *
+// step].
+template <class F>
+void sum_partials(Tensor& weight, const void* partial, int64_t batch, int64_t chunks, int64_t step,
+                  const F& at) {
+  const int64_t taps = weight.size(2) * weight.size(3) * weight.size(4), terms = batch * chunks;
+  dispatch_floating(weight.scalar_type(), "depthwise_grad_weight", [&](auto type) {
+    using E = typename decltype(type)::type;
+    using T = Accumulator<E>;
+    E* to = static_cast<E*>(weight.mutable_data_ptr());
+    parallel_for(weight.size(0), kGrainCells / (taps * terms), [&](int64_t begin, int64_t end) {
+      std::vector<T> sums(taps);
+      for (int64_t c = begin; c < end; ++c) {
+        std::fill(sums.begin(), sums.end(), T(0));
+        for (int64_t n = 0; n < batch; ++n)
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const T* from = static_cast<const T*>(partial) + at(n, c, chunk);
+            for (int64_t tap = 0; tap < taps; ++tap) sums[tap] += from[tap * step];
+          }
+        for (int64_t tap = 0; tap < taps; ++tap) to[c * taps + tap] = static_cast<E>(sums[tap]);
       }
-      for (int64_t tap = 0; tap < taps; ++tap) weight[c * taps + tap] = static_cast<E>(sums[tap]);
-    }
+    });
   });
 }
 
@@ -199,13 +199,22 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
   if (shape.batch == 0) return torch::stable::zero_(weight);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(x));
+  const LaneMap map = make_lanes(x, shape.batch, filters, kernels.lanes);
+  if (rows_form(shape, map, Pass::grad_weight, x, grad) != RowsForm::none) {
+    const RowPartials partials = run_rows_grad_weight(shape, x, grad);
+    sum_partials(weight, partials.memory.get(), shape.batch, partials.pieces, 1,
+                 [&](int64_t n, int64_t c, int64_t piece) {
+                   return ((n * filters + c) * partials.pieces + piece) * shape.taps();
+                 });
+    return weight;
+  }
   const Links d = links_of(axis[0], shape.mode, false), h = links_of(axis[1], shape.mode, false);
   const RowPlan row = row_of(axis[2], shape.mode, false);
   GradWeightArgs a;
   a.grad = strided(grad);
   a.x = strided(x);
   a.divide = shape.multiplier;
-  a.map = make_lanes(x, shape.batch, filters, kernels.lanes);
+  a.map = map;
   for (int i = 0; i < 3; ++i) {
     a.x_size[i] = axis[i].in;
     a.grad_size[i] = axis[i].out;
@@ -220,22 +229,20 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.chunk_planes = (axis[0].out + most - 1) / most;
   a.chunks = (axis[0].out + a.chunk_planes - 1) / a.chunk_planes;
   const size_t bytes = kernels.grad_weight_scratch(a);
-  std::unique_ptr<void, decltype(&std::free)> partial(
-      std::aligned_alloc(
-          64,
-          static_cast<size_t>(a.chunks * a.map.blocks() * shape.taps() * kernels.cell_bytes + 63) /
-              64 * 64),
-      std::free);
-  VOXCONV_CHECK(partial != nullptr, "voxconv: no memory for partial sums");
+  const Memory partial = allocate(a.chunks * map.blocks() * shape.taps() * kernels.cell_bytes);
   a.partial = partial.get();
   parallel_for(a.tasks(), 1, [&](int64_t begin, int64_t end) {
     kernels.grad_weight(a, begin, end, scratch(bytes));
   });
-  dispatch_floating(x.scalar_type(), "depthwise_grad_weight", [&](auto type) {
-    using E = typename decltype(type)::type;
-    using T = Accumulator<E>;
-    sum_partials(a, static_cast<const T*>(a.partial), static_cast<E*>(weight.mutable_data_ptr()));
-  });
+  sum_partials(weight, a.partial, shape.batch, a.chunks, map.lanes,
+               [&](int64_t n, int64_t c, int64_t chunk) {
+                 const int64_t flat =
+                     map.split_batch
+                         ? (n * map.blocks_per_item() + c / map.lanes) * map.lanes + c % map.lanes
+                         : n * filters + c;
+                 return (chunk * map.blocks() + flat / map.lanes) * shape.taps() * map.lanes +
+                        flat % map.lanes;
+               });
   return weight;
 }
 

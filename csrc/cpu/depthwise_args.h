@@ -152,6 +152,7 @@ struct RowsArgs {
   Steps source_step, target_step;
   const void* weight;  // [channels * gather, taps of planes, of rows, of a row], contiguous
   const void* bias;    // [channels] or null
+  void* partial;       // of grad_weight
   int64_t pairs;       // batch * channels
   int64_t channels, divide, gather;
   int64_t source_planes, planes, rows, width;  // width: of what is summed as one
@@ -204,8 +205,10 @@ struct DepthwiseKernels {
 struct RowsKernels {
   int64_t lanes;       // neighbours in a vector
   int64_t item_bytes;  // of a staged cell
-  size_t (*scratch)(const RowsArgs&);
-  void (*run)(const RowsArgs&, int64_t begin, int64_t end, void* scratch);
+  size_t (*correlate_scratch)(const RowsArgs&);
+  size_t (*grad_weight_scratch)(const RowsArgs&);
+  void (*correlate)(const RowsArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*grad_weight)(const RowsArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
 enum class Element { f32, f64, bf16, f16 };

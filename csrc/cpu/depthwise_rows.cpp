@@ -15,11 +15,17 @@ constexpr int64_t kPlanesBytes = 512 << 10;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainVectors = 1 << 13;
 // What a vector of destinations costs besides its taps, and a tap of lanes over channels, in taps
-// of lanes along w: measured. Channels are transposed in registers on their way in and out; rows of
-// one line leave a staged plane three times for a kernel of three planes, those of a plane once.
-constexpr double kChannelsMove = 60, kLinesMove = 35, kPlanesMove = 30, kChannelsTap = 1.3;
+// of lanes along w: measured. Channels are transposed in registers on their way in and out; a
+// staged plane is read for every plane of taps if rows are lines, and once if they are planes.
+struct CostTable {
+  double channels_move, channels_tap, lines_move, planes_move;
+};
+constexpr CostTable kCorrelateCost = {60, 1.3, 35, 30}, kGradWeightCost = {40, 1, HUGE_VAL, 15};
+
 // Sums that are moved to the target afterwards cost that much more.
 constexpr double kMoveSums = 1.1;
+// Sums of taps, which grad_weight fetches for every line, cost that much of one vector of it.
+constexpr double kFetchSums = 0.25;
 // Rows are cut into pieces until there are that many: work for threads. A piece has rows for a
 // tile.
 constexpr int64_t kPieces = 16, kPieceRows = 8;
@@ -44,20 +50,28 @@ double ratio(int64_t a, int64_t b) { return static_cast<double>(a) / static_cast
 
 int64_t round_up(int64_t cells, int64_t lanes) { return (cells + lanes - 1) / lanes * lanes; }
 
-// How the lines of a row are summed: each by itself, into the target, or all at a time with the
-// margins between them. Whatever wastes fewer lanes.
+// How the lines of a row are summed: one by one, or all at a time with the margins between them.
+// Whatever wastes fewer lanes; sums of one line must be able to be the target itself.
 struct RowLanes {
-  bool in_place;
+  bool by_line;
   int64_t width;
   double waste;  // lanes over destinations
 };
 
-RowLanes row_lanes(const Axis& line, const Axis& w, bool backwards, int64_t lanes, bool same_type) {
+RowLanes row_lanes(const Axis& line, const Axis& w, Pass pass, int64_t lanes,
+                   const Tensor& target) {
+  const bool backwards = pass == Pass::grad_input;
   const int64_t lines = target_size(line, backwards), width = target_size(w, backwards);
   const int64_t whole = (lines - 1) * (width + w.reach()) + width;
   const double alone = ratio(round_up(width, lanes), width);
   const double together = ratio(round_up(whole, lanes), lines * width);
-  if (same_type && width >= lanes && alone <= kMoveSums * together) return {true, width, alone};
+  if (pass == Pass::grad_weight) {
+    // The sums of a line's taps are fetched and stored once for each line.
+    const double by_line = alone * (1 + kFetchSums / ratio(round_up(width, lanes), lanes));
+    return by_line <= together ? RowLanes{true, width, by_line} : RowLanes{false, whole, together};
+  }
+  const bool half = element_of(target) == Element::bf16 || element_of(target) == Element::f16;
+  if (!half && width >= lanes && alone <= kMoveSums * together) return {true, width, alone};
   return {false, whole, together};
 }
 
@@ -151,69 +165,51 @@ double all_taps(const Axis& axis, bool backwards) {
   return ratio(axis.kernel, backwards ? axis.stride : 1);
 }
 
-}  // namespace
+// What each way costs for a vector of destinations.
+struct Costs {
+  double channels, lines, planes;
+};
 
-RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, bool backwards,
-                   const Tensor& source, const Tensor& target) {
+Costs costs(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
+            const Tensor& target) {
   const Axis* axis = shape.axis;
+  const bool backwards = pass == Pass::grad_input;
   const auto folded = [&](int i) {
     return backwards && shape.mode != kZeros && axis[i].before + axis[i].after > 0;
   };
-  if (source.stride(4) != 1 || target.stride(4) != 1 || axis[2].stride != 1 || folded(1) ||
-      folded(2))
-    return RowsForm::none;
-  const bool same_type = source.element_size() == rows_kernels(element_of(source)).item_bytes;
   const auto live = [&](int i) { return live_taps(axis[i], shape.mode, backwards); };
   const auto all = [&](int i) { return all_taps(axis[i], backwards); };
   const auto waste = [&](const Axis& line) {
-    return row_lanes(line, axis[2], backwards, map.lanes, same_type).waste;
+    return row_lanes(line, axis[2], pass, map.lanes, target).waste;
   };
-  const double channels =
-      kChannelsMove + kChannelsTap * live(0) * live(1) * all(2) *
-                          ratio(map.blocks() * map.lanes, map.batch * map.channels);
-  const double lines = kLinesMove + live(0) * all(1) * all(2) * waste(kNoAxis);
-  const double planes = axis[1].stride != 1 || folded(0)
-                            ? HUGE_VAL
-                            : kPlanesMove + all(0) * all(1) * all(2) * waste(axis[1]);
-  if (channels < std::min(lines, planes)) return RowsForm::none;
-  return lines < planes ? RowsForm::lines : RowsForm::planes;
+  const CostTable& table = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
+  Costs cost;
+  cost.channels =
+      table.channels_move + table.channels_tap * live(0) * live(1) * all(2) *
+                                ratio(map.blocks() * map.lanes, map.batch * map.channels);
+  cost.lines = cost.planes = HUGE_VAL;
+  if (source.stride(4) != 1 || target.stride(4) != 1 || axis[2].stride != 1 || folded(1) ||
+      folded(2))
+    return cost;
+  cost.lines = table.lines_move + live(0) * all(1) * all(2) * waste(kNoAxis);
+  if (axis[1].stride == 1 && !folded(0))
+    cost.planes = table.planes_move + all(0) * all(1) * all(2) * waste(axis[1]);
+  return cost;
 }
 
-void run_rows(RowsForm form, const Conv3dShape& shape, bool backwards, const Tensor& source,
-              const Tensor& weight, const void* bias, Tensor& target) {
-  const RowsKernels& kernels = rows_kernels(element_of(source));
-  const int64_t cell = kernels.item_bytes;
-  RowsArgs a;
-  a.source = strided(source);
-  a.target = strided(target);
-  const RowsAxes axes = axes_of(form, shape.axis, a.source, a.target);
+// A pass as the kernel wants it. RowsArgs points into the tables.
+struct RowsPass {
+  RowsArgs args;
   RowsTables tables;
-  tables.planes = plane_links(axes.plane, shape.mode, backwards, shape.multiplier);
-  tables.rows = row_of(axes.row, shape.mode, backwards);
-  tables.row_source = staged_sources(tables.rows);
+};
 
-  a.source_step = axes.source;
-  a.target_step = axes.target;
-  a.weight = weight.data_ptr();
-  a.bias = bias;
-  a.channels = target.size(1);
-  a.pairs = shape.batch * a.channels;
-  a.divide = backwards ? 1 : shape.multiplier;
-  a.gather = backwards ? shape.multiplier : 1;
-  a.source_planes = backwards ? axes.plane.out : axes.plane.in;
-  a.planes = backwards ? axes.plane.in : axes.plane.out;
-  a.rows = tables.rows.size;
-  a.plane_taps = axes.plane.kernel;
-  a.row_taps = axes.row.kernel;
-  a.taps = axes.line.kernel * axes.w.kernel;
-  a.d = view(tables.planes);
-  a.h = view(tables.rows);
-
-  // Backwards there is nothing beyond an axis but zeros: a padding that adds there does not come
-  // here.
-  const int mode = backwards ? kZeros : shape.mode;
+void place_cells(RowsArgs& a, RowsTables& tables, const RowsAxes& axes, Pass pass, int mode,
+                 int64_t lanes) {
+  const bool backwards = pass == Pass::grad_input;
   const Window line(axes.line, backwards), w(axes.w, backwards);
   tables.lines = line_runs(line, mode);
+  a.lines = tables.lines.data();
+  a.line_runs = static_cast<int64_t>(tables.lines.size());
   a.inner = std::min(std::max<int64_t>(0, w.before), w.staged);
   a.inner_source = a.inner - w.before;
   a.inner_count = std::max<int64_t>(0, std::min(w.staged, w.before + w.source) - a.inner);
@@ -222,25 +218,21 @@ void run_rows(RowsForm form, const Conv3dShape& shape, bool backwards, const Ten
     if (from >= 0 && (i < a.inner || i >= a.inner + a.inner_count))
       tables.margin.push_back({static_cast<int32_t>(from), static_cast<int32_t>(i)});
   }
-  a.lines = tables.lines.data();
-  a.line_runs = static_cast<int64_t>(tables.lines.size());
   a.margin = tables.margin.data();
   a.margin_count = static_cast<int64_t>(tables.margin.size());
-  a.line_pitch = w.staged;
-  a.pitch = odd_lines(line.staged * w.staged, kernels.lanes);
   a.target_lines = line.target;
   a.line_width = w.target;
-  const RowLanes lanes = row_lanes(axes.line, axes.w, backwards, kernels.lanes,
-                                   cell == static_cast<int64_t>(source.element_size()));
-  a.width = lanes.width;
-  a.in_place = lanes.in_place;
-  a.direct = a.in_place && line.taps.size() * w.taps.size() == 1 && line.staged == line.source &&
-             w.staged == w.source && tables.rows.left == 0 && tables.rows.right == 0;
-  if (a.direct) a.line_pitch = a.source_step.line;
+  const bool bare = line.taps.size() * w.taps.size() == 1 && line.staged == line.source &&
+                    w.staged == w.source && tables.rows.left == 0 && tables.rows.right == 0;
+  a.direct = bare && a.in_place && pass != Pass::grad_weight;
+  a.line_pitch = a.direct ? a.source_step.line : w.staged;
+  a.pitch = odd_lines(line.staged * w.staged, lanes);
   for (int64_t up : line.taps)
     for (int64_t along : w.taps) tables.offsets.push_back(up * a.line_pitch + along);
-  a.tiling = {tables.planes.most_sources(), 0, 0, 0, 1, plane_step(axes.plane, backwards)};
-  a.tiling.tiles = 0;
+  a.offsets = tables.offsets.data();
+}
+
+void cut_pieces(RowsArgs& a, RowsTables& tables, int64_t cell) {
   do {
     ++a.tiling.tiles;
     a.tiling.tile_rows = (a.rows + a.tiling.tiles - 1) / a.tiling.tiles;
@@ -250,15 +242,88 @@ void run_rows(RowsForm form, const Conv3dShape& shape, bool backwards, const Ten
            (!a.direct && a.tiling.slots * a.tiling.slot_rows * a.pitch * cell > kPlanesBytes &&
             a.tiling.tile_rows > 4 * (tables.rows.staged() - a.rows + 1)));
   a.tiling.tiles = (a.rows + a.tiling.tile_rows - 1) / a.tiling.tile_rows;
-  a.row_source = tables.row_source.data();
   a.piece_rows = tables.piece_rows.data();
-  a.offsets = tables.offsets.data();
+}
 
-  const size_t bytes = kernels.scratch(a);
-  const int64_t vectors = (a.width + kernels.lanes - 1) / kernels.lanes;
-  const int64_t unit = a.tiling.tile_rows * vectors * shape.taps() * a.gather;
-  parallel_for(a.units(), kGrainVectors / unit,
-               [&](int64_t begin, int64_t end) { kernels.run(a, begin, end, scratch(bytes)); });
+RowsPass plan_pass(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,
+                   const Tensor& target, const RowsKernels& kernels) {
+  const bool backwards = pass == Pass::grad_input;
+  RowsPass result;
+  RowsArgs& a = result.args;
+  RowsTables& tables = result.tables;
+  a.source = strided(source);
+  a.target = strided(target);
+  const RowsAxes axes = axes_of(form, shape.axis, a.source, a.target);
+  tables.planes = plane_links(axes.plane, shape.mode, backwards, shape.multiplier);
+  tables.rows = row_of(axes.row, shape.mode, backwards);
+  tables.row_source = staged_sources(tables.rows);
+  a.source_step = axes.source;
+  a.target_step = axes.target;
+  a.weight = a.bias = nullptr;
+  a.partial = nullptr;
+  a.channels = target.size(1);
+  a.pairs = shape.batch * a.channels;
+  a.divide = backwards ? 1 : shape.multiplier;
+  a.gather = backwards ? shape.multiplier : 1;
+  a.source_planes = backwards ? axes.plane.out : axes.plane.in;
+  a.planes = target_size(axes.plane, backwards);
+  a.rows = tables.rows.size;
+  a.plane_taps = axes.plane.kernel;
+  a.row_taps = axes.row.kernel;
+  a.taps = axes.line.kernel * axes.w.kernel;
+  a.d = view(tables.planes);
+  a.h = view(tables.rows);
+  a.row_source = tables.row_source.data();
+  const RowLanes lanes = row_lanes(axes.line, axes.w, pass, kernels.lanes, target);
+  a.width = lanes.width;
+  a.in_place = lanes.by_line;
+  // Backwards there are only zeros beyond an axis: a padding that adds there does not come here.
+  place_cells(a, tables, axes, pass, backwards ? kZeros : shape.mode, kernels.lanes);
+  a.tiling = {tables.planes.most_sources(), 0, 0, 0, 1, plane_step(axes.plane, backwards)};
+  cut_pieces(a, tables, kernels.item_bytes);
+  return result;
+}
+
+template <class F>
+void run_units(const RowsArgs& a, int64_t lanes, const F& f) {
+  const int64_t lines = a.in_place ? a.target_lines : 1;
+  const int64_t vectors = lines * ((a.width + lanes - 1) / lanes);
+  const int64_t unit = a.tiling.tile_rows * vectors * a.plane_taps * a.row_taps * a.taps * a.gather;
+  parallel_for(a.units(), kGrainVectors / unit, f);
+}
+
+}  // namespace
+
+RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
+                   const Tensor& target) {
+  const Costs cost = costs(shape, map, pass, source, target);
+  if (cost.channels < std::min(cost.lines, cost.planes)) return RowsForm::none;
+  return cost.lines < cost.planes ? RowsForm::lines : RowsForm::planes;
+}
+
+void run_rows(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,
+              const Tensor& weight, const void* bias, Tensor& target) {
+  const RowsKernels& kernels = rows_kernels(element_of(source));
+  RowsPass rows = plan_pass(form, shape, pass, source, target, kernels);
+  RowsArgs& a = rows.args;
+  a.weight = weight.data_ptr();
+  a.bias = bias;
+  const size_t bytes = kernels.correlate_scratch(a);
+  run_units(a, kernels.lanes,
+            [&](int64_t begin, int64_t end) { kernels.correlate(a, begin, end, scratch(bytes)); });
+}
+
+RowPartials run_rows_grad_weight(const Conv3dShape& shape, const Tensor& x, const Tensor& grad) {
+  const RowsKernels& kernels = rows_kernels(element_of(x));
+  RowsPass rows = plan_pass(RowsForm::planes, shape, Pass::grad_weight, x, grad, kernels);
+  RowsArgs& a = rows.args;
+  RowPartials result{allocate(a.units() * shape.taps() * kernels.item_bytes), a.tiling.tiles};
+  a.partial = result.memory.get();
+  const size_t bytes = kernels.grad_weight_scratch(a);
+  run_units(a, kernels.lanes, [&](int64_t begin, int64_t end) {
+    kernels.grad_weight(a, begin, end, scratch(bytes));
+  });
+  return result;
 }
 
 }  // namespace voxconv

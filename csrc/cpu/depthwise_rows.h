@@ -1,19 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Correlation with lanes along w: when it is the better way, and how it is set up.
+// Passes with lanes along w: when they are the better way, and how they are set up.
 #pragma once
 #include "depthwise_args.h"
 #include "depthwise_host.h"
+#include "scratch.h"
 
 namespace voxconv {
+
+enum class Pass { forward, grad_input, grad_weight };
 
 // What a row is: a line of w, or a plane of such lines. None: lanes over channels suit better.
 enum class RowsForm { none, lines, planes };
 
-RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, bool backwards,
-                   const Tensor& source, const Tensor& target);
+// Source and target of grad_weight are x and grad; its rows are never lines.
+RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
+                   const Tensor& target);
 
 // target = bias + source * weight, by rows of that form.
-void run_rows(RowsForm form, const Conv3dShape& shape, bool backwards, const Tensor& source,
+void run_rows(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,
               const Tensor& weight, const void* bias, Tensor& target);
+
+// Sums of grad * x over pieces of planes: [batch * channels, pieces, taps].
+struct RowPartials {
+  Memory memory;
+  int64_t pieces;
+};
+RowPartials run_rows_grad_weight(const Conv3dShape& shape, const Tensor& x, const Tensor& grad);
 
 }  // namespace voxconv

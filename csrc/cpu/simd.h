@@ -41,6 +41,12 @@ constexpr int clamp(int value, int low, int high) {
   return value < low ? low : value > high ? high : value;
 }
 
+// Partial sums of each of K taps beside N operands: as many as keep the multiply-adds of eight
+// chains in flight, if there are registers for them.
+constexpr int kChains = 8;
+template <int K, int N>
+constexpr int kPartial = clamp((kRegisters - N - 2) / K, 1, (kChains + K - 1) / K);
+
 // Makes the compiler hold v in a register from here on. Without it GCC reads a cell from memory
 // again for each multiply-add that uses it (one load each: the load port becomes the limit), and
 // keeps sixteen store addresses alive across the loop.
