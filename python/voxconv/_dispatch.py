@@ -21,7 +21,7 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # volume (up to that many: the transforms leave one cache after the other), and of a call. An FFT
 # works on whole vectors of (batch, channel) pairs. Kernels with fewer taps are left to the direct
 # kernel in any case: the FFT spreads rounding, inf and NaN over the volume.
-FFT_CELL_COST = ((16_000, 28), (64_000, 40), (250_000, 58), (math.inf, 80))
+FFT_CELL_COST = ((2_000, 56), (16_000, 29), (64_000, 42), (250_000, 46), (math.inf, 80))
 FFT_CALL_COST = 500_000
 FFT_MIN_TAPS = 7**3
 VECTOR_BYTES = 64
