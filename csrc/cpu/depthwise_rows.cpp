@@ -12,6 +12,8 @@ namespace {
 
 // Staged planes should leave room in a private L2 for what streams past them.
 constexpr int64_t kPlanesBytes = 512 << 10;
+// Planes are rows only as long as a tile of them takes no more scratch than that.
+constexpr int64_t kTileBytes = 4 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainVectors = 1 << 13;
 // What a vector of destinations costs besides its taps, and a tap of lanes over channels, in taps
@@ -192,7 +194,10 @@ Costs costs(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tenso
       folded(2))
     return cost;
   cost.lines = table.lines_move + live(0) * all(1) * all(2) * waste(kNoAxis);
-  if (axis[1].stride == 1 && !folded(0))
+  const auto staged = [&](int i) { return target_size(axis[i], backwards) + axis[i].reach(); };
+  const int64_t tile = (kPieceRows * axis[0].stride + axis[0].reach()) * staged(1) * staged(2);
+  const int64_t item = rows_kernels(element_of(source)).item_bytes;
+  if (axis[1].stride == 1 && !folded(0) && tile * item <= kTileBytes)
     cost.planes = table.planes_move + all(0) * all(1) * all(2) * waste(axis[1]);
   return cost;
 }
@@ -233,14 +238,17 @@ void place_cells(RowsArgs& a, RowsTables& tables, const RowsAxes& axes, Pass pas
 }
 
 void cut_pieces(RowsArgs& a, RowsTables& tables, int64_t cell) {
-  do {
+  for (bool more = true; more;) {
     ++a.tiling.tiles;
     a.tiling.tile_rows = (a.rows + a.tiling.tiles - 1) / a.tiling.tiles;
     a.tiling.slot_rows = cut_rows(tables.rows, a.tiling.tile_rows, tables.piece_rows);
-    // Shorter pieces would stage the rows they share with their neighbours too often.
-  } while ((a.pairs * a.planes * a.tiling.tiles < kPieces && a.tiling.tile_rows > kPieceRows) ||
-           (!a.direct && a.tiling.slots * a.tiling.slot_rows * a.pitch * cell > kPlanesBytes &&
-            a.tiling.tile_rows > 4 * (tables.rows.staged() - a.rows + 1)));
+    const int64_t bytes = a.direct ? 0 : a.tiling.slots * a.tiling.slot_rows * a.pitch * cell;
+    // Shorter pieces stage the rows they share with their neighbours too often.
+    const bool shorter = a.tiling.tile_rows > kPieceRows,
+               worth = a.tiling.tile_rows > 4 * (tables.rows.staged() - a.rows + 1);
+    more = (shorter && (a.pairs * a.planes * a.tiling.tiles < kPieces || bytes > 2 * kTileBytes)) ||
+           (worth && bytes > kPlanesBytes);
+  }
   a.tiling.tiles = (a.rows + a.tiling.tile_rows - 1) / a.tiling.tile_rows;
   a.piece_rows = tables.piece_rows.data();
 }
