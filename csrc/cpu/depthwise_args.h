@@ -85,6 +85,11 @@ struct Tiling {
   int64_t group;       // blocks staged together: of neighbouring channels, if channels are last
   int64_t plane_step;  // planes are visited in this step, so that dilated neighbours share sources
 
+  // The row behind the piece of axis h that begins at `row`, of `rows` in all.
+  int64_t piece_end(int64_t row, int64_t rows) const {
+    return row + tile_rows < rows ? row + tile_rows : rows;
+  }
+
   // Plane number i of the order 0, step, 2 step, ..., 1, 1 + step, ...
   int64_t plane_at(int64_t i, int64_t planes) const {
     const int64_t shorter = planes / plane_step, longer = planes % plane_step;
@@ -142,8 +147,8 @@ struct LineRun {
 // Staged row q is source row row_source[q] with its padding, or zeros if that is < 0: runs of
 // lines, of a line `inner_count` cells and then those of `margin` (from a cell to a cell). Tap i of
 // a row reads the cell offsets[i] behind that of the destination. Sums of a row are those of one
-// line after the other (`in_place`), or `width` cells from its first line to its last, and what
-// lies between its lines is thrown away.
+// line after the other (`by_line`), or `width` cells from its first line to its last, and what lies
+// between its lines is thrown away.
 struct RowsArgs {
   struct Steps {
     int64_t plane, row, line;
@@ -167,9 +172,18 @@ struct RowsArgs {
   int64_t inner_source, inner_count, inner;
   int64_t line_pitch, pitch;  // of staged lines and rows
   int64_t target_lines, line_width;
-  bool direct;    // nothing to pad or to widen: planes are read where they are
-  bool in_place;  // sums are the target itself
+  bool direct;   // nothing to pad or to widen: planes are read where they are
+  bool by_line;  // of correlate: sums are the target itself
   Tiling tiling;
+
+  // Destination rows [begin, end) and the staged rows [low, high) that they read.
+  struct Piece {
+    int64_t begin, end, low, high;
+  };
+  Piece piece(int64_t i) const {
+    const int64_t begin = i * tiling.tile_rows;
+    return {begin, tiling.piece_end(begin, rows), piece_rows[2 * i], piece_rows[2 * i + 1]};
+  }
 
   // One unit of work is a destination plane of a piece of a (batch, channel) pair.
   int64_t units() const { return pairs * tiling.tiles * planes; }

@@ -28,8 +28,7 @@ constexpr CostTable kCorrelateCost = {60, 1.3, 35, 30}, kGradWeightCost = {40, 1
 constexpr double kMoveSums = 1.1;
 // Sums of taps, which grad_weight fetches for every line, cost that much of one vector of it.
 constexpr double kFetchSums = 0.25;
-// Rows are cut into pieces until there are that many: work for threads. A piece has rows for a
-// tile.
+// Rows are cut into pieces, of at least a tile, until there are that many: work for threads.
 constexpr int64_t kPieces = 16, kPieceRows = 8;
 
 constexpr Axis kNoAxis = {1, 1, 1, 1, 1, 0, 0};
@@ -167,41 +166,6 @@ double all_taps(const Axis& axis, bool backwards) {
   return ratio(axis.kernel, backwards ? axis.stride : 1);
 }
 
-// What each way costs for a vector of destinations.
-struct Costs {
-  double channels, lines, planes;
-};
-
-Costs costs(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
-            const Tensor& target) {
-  const Axis* axis = shape.axis;
-  const bool backwards = pass == Pass::grad_input;
-  const auto folded = [&](int i) {
-    return backwards && shape.mode != kZeros && axis[i].before + axis[i].after > 0;
-  };
-  const auto live = [&](int i) { return live_taps(axis[i], shape.mode, backwards); };
-  const auto all = [&](int i) { return all_taps(axis[i], backwards); };
-  const auto waste = [&](const Axis& line) {
-    return row_lanes(line, axis[2], pass, map.lanes, target).waste;
-  };
-  const CostTable& table = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
-  Costs cost;
-  cost.channels =
-      table.channels_move + table.channels_tap * live(0) * live(1) * all(2) *
-                                ratio(map.blocks() * map.lanes, map.batch * map.channels);
-  cost.lines = cost.planes = HUGE_VAL;
-  if (source.stride(4) != 1 || target.stride(4) != 1 || axis[2].stride != 1 || folded(1) ||
-      folded(2))
-    return cost;
-  cost.lines = table.lines_move + live(0) * all(1) * all(2) * waste(kNoAxis);
-  const auto staged = [&](int i) { return target_size(axis[i], backwards) + axis[i].reach(); };
-  const int64_t tile = (kPieceRows * axis[0].stride + axis[0].reach()) * staged(1) * staged(2);
-  const int64_t item = rows_kernels(element_of(source)).item_bytes;
-  if (axis[1].stride == 1 && !folded(0) && tile * item <= kTileBytes)
-    cost.planes = table.planes_move + all(0) * all(1) * all(2) * waste(axis[1]);
-  return cost;
-}
-
 // A pass as the kernel wants it. RowsArgs points into the tables.
 struct RowsPass {
   RowsArgs args;
@@ -229,7 +193,7 @@ void place_cells(RowsArgs& a, RowsTables& tables, const RowsAxes& axes, Pass pas
   a.line_width = w.target;
   const bool bare = line.taps.size() * w.taps.size() == 1 && line.staged == line.source &&
                     w.staged == w.source && tables.rows.left == 0 && tables.rows.right == 0;
-  a.direct = bare && a.in_place && pass != Pass::grad_weight;
+  a.direct = bare && a.by_line && pass != Pass::grad_weight;
   a.line_pitch = a.direct ? a.source_step.line : w.staged;
   a.pitch = odd_lines(line.staged * w.staged, lanes);
   for (int64_t up : line.taps)
@@ -244,10 +208,11 @@ void cut_pieces(RowsArgs& a, RowsTables& tables, int64_t cell) {
     a.tiling.slot_rows = cut_rows(tables.rows, a.tiling.tile_rows, tables.piece_rows);
     const int64_t bytes = a.direct ? 0 : a.tiling.slots * a.tiling.slot_rows * a.pitch * cell;
     // Shorter pieces stage the rows they share with their neighbours too often.
-    const bool shorter = a.tiling.tile_rows > kPieceRows,
-               worth = a.tiling.tile_rows > 4 * (tables.rows.staged() - a.rows + 1);
-    more = (shorter && (a.pairs * a.planes * a.tiling.tiles < kPieces || bytes > 2 * kTileBytes)) ||
-           (worth && bytes > kPlanesBytes);
+    const bool possible = a.tiling.tile_rows > kPieceRows;
+    const bool worth = a.tiling.tile_rows > 4 * (tables.rows.staged() - a.rows + 1);
+    more =
+        (possible && (a.pairs * a.planes * a.tiling.tiles < kPieces || bytes > 2 * kTileBytes)) ||
+        (worth && bytes > kPlanesBytes);
   }
   a.tiling.tiles = (a.rows + a.tiling.tile_rows - 1) / a.tiling.tile_rows;
   a.piece_rows = tables.piece_rows.data();
@@ -284,7 +249,7 @@ RowsPass plan_pass(RowsForm form, const Conv3dShape& shape, Pass pass, const Ten
   a.row_source = tables.row_source.data();
   const RowLanes lanes = row_lanes(axes.line, axes.w, pass, kernels.lanes, target);
   a.width = lanes.width;
-  a.in_place = lanes.by_line;
+  a.by_line = lanes.by_line;
   // Backwards there are only zeros beyond an axis: a padding that adds there does not come here.
   place_cells(a, tables, axes, pass, backwards ? kZeros : shape.mode, kernels.lanes);
   a.tiling = {tables.planes.most_sources(), 0, 0, 0, 1, plane_step(axes.plane, backwards)};
@@ -294,8 +259,8 @@ RowsPass plan_pass(RowsForm form, const Conv3dShape& shape, Pass pass, const Ten
 
 template <class F>
 void run_units(const RowsArgs& a, int64_t lanes, const F& f) {
-  const int64_t lines = a.in_place ? a.target_lines : 1;
-  const int64_t vectors = lines * ((a.width + lanes - 1) / lanes);
+  const int64_t lines = a.by_line ? a.target_lines : 1;
+  const int64_t vectors = lines * round_up(a.width, lanes) / lanes;
   const int64_t unit = a.tiling.tile_rows * vectors * a.plane_taps * a.row_taps * a.taps * a.gather;
   parallel_for(a.units(), kGrainVectors / unit, f);
 }
@@ -304,9 +269,32 @@ void run_units(const RowsArgs& a, int64_t lanes, const F& f) {
 
 RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                    const Tensor& target) {
-  const Costs cost = costs(shape, map, pass, source, target);
-  if (cost.channels < std::min(cost.lines, cost.planes)) return RowsForm::none;
-  return cost.lines < cost.planes ? RowsForm::lines : RowsForm::planes;
+  const Axis* axis = shape.axis;
+  const bool backwards = pass == Pass::grad_input;
+  const auto folded = [&](int i) {
+    return backwards && shape.mode != kZeros && axis[i].before + axis[i].after > 0;
+  };
+  if (source.stride(4) != 1 || target.stride(4) != 1 || axis[2].stride != 1 || folded(1) ||
+      folded(2))
+    return RowsForm::none;
+  const double live_d = live_taps(axis[0], shape.mode, backwards);
+  const double live_h = live_taps(axis[1], shape.mode, backwards);
+  const auto all = [&](int i) { return all_taps(axis[i], backwards); };
+  const auto waste = [&](const Axis& line) {
+    return row_lanes(line, axis[2], pass, map.lanes, target).waste;
+  };
+  const auto staged = [&](int i) { return target_size(axis[i], backwards) + axis[i].reach(); };
+  const int64_t tile = (kPieceRows * axis[0].stride + axis[0].reach()) * staged(1) * staged(2) *
+                       rows_kernels(element_of(source)).item_bytes;
+  const bool stacked = axis[1].stride == 1 && !folded(0) && tile <= kTileBytes;
+  const CostTable& cost = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
+  const double idle = ratio(map.blocks() * map.lanes, map.batch * map.channels);
+  const double channels = cost.channels_move + cost.channels_tap * live_d * live_h * all(2) * idle;
+  const double lines = cost.lines_move + live_d * all(1) * all(2) * waste(kNoAxis);
+  const double planes =
+      stacked ? cost.planes_move + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;
+  if (channels < std::min(lines, planes)) return RowsForm::none;
+  return lines < planes ? RowsForm::lines : RowsForm::planes;
 }
 
 void run_rows(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,

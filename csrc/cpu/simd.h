@@ -87,10 +87,13 @@ VOXCONV_INLINE Vec<double> load(const double* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+VOXCONV_INLINE Vec<float> widen_bfloat16(HalfVecU16 bits) {
+  return (Vec<float>)(__builtin_convertvector(bits, VecU32) << 16);
+}
 VOXCONV_INLINE Vec<float> load(const Bf16* p) {
   HalfVecU16 half;
   __builtin_memcpy(&half, p, sizeof half);
-  return (Vec<float>)(__builtin_convertvector(half, VecU32) << 16);
+  return widen_bfloat16(half);
 }
 VOXCONV_INLINE Vec<float> load(const F16* p) {
 #if VOXCONV_VECTOR_BYTES == 64
@@ -177,8 +180,7 @@ VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t coun
 }
 template <>
 VOXCONV_INLINE Vec<float> load_few<float, Bf16>(const Bf16* p, int64_t count) {
-  const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
-  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return widen_bfloat16((HalfVecU16)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
 }
 template <>
 VOXCONV_INLINE Vec<float> load_few<float, F16>(const F16* p, int64_t count) {

@@ -18,9 +18,10 @@ PASSES = ("forward", "grad_input", "grad_weight")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, by the cells of the
-# volume (up to that many: the transforms leave one cache after the other), and of a call. An FFT
-# works on whole vectors of (batch, channel) pairs. Kernels with fewer taps are left to the direct
-# kernel in any case: the FFT spreads rounding, inf and NaN over the volume.
+# volume (up to that many: the smallest have short lines, larger ones leave one cache after the
+# other), and of a call. An FFT works on whole vectors of (batch, channel) pairs. Kernels with fewer
+# taps are left to the direct kernel in any case: the FFT spreads rounding, inf and NaN over the
+# volume.
 FFT_CELL_COST = ((2_000, 56), (16_000, 29), (64_000, 42), (250_000, 46), (math.inf, 80))
 FFT_CALL_COST = 500_000
 FFT_MIN_TAPS = 7**3
