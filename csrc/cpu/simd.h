@@ -141,6 +141,55 @@ VOXCONV_INLINE void narrow(F16* p, float v) { p->bits = float_to_half(v); }
 VOXCONV_INLINE Vec<float> broadcast(float x) { return x - Vec<float>{}; }
 VOXCONV_INLINE Vec<double> broadcast(double x) { return x - Vec<double>{}; }
 
+template <class T>
+struct IndexOf {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct IndexOf<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+
+// Lane l takes part if bit l is set. Multiply-adds leave the others' sums alone where the processor
+// can do that, and add zeros to them where it cannot: then cells are `masked` before.
+#if VOXCONV_VECTOR_BYTES == 64
+template <class T>
+using LaneMask = uint16_t;
+template <class T>
+VOXCONV_INLINE LaneMask<T> lane_mask(uint16_t bits) {
+  return bits;
+}
+template <class V>
+VOXCONV_INLINE V masked(uint16_t, V v) {
+  return v;
+}
+template <class V>
+VOXCONV_INLINE V multiply_add_where(uint16_t mask, V sum, V a, V b) {
+  if constexpr (sizeof(sum[0]) == sizeof(float))
+    asm volatile("vfmadd231ps %2, %1, %0%{%3%}" : "+v"(sum) : "v"(a), "v"(b), "Yk"(mask));
+  else
+    asm volatile("vfmadd231pd %2, %1, %0%{%3%}" : "+v"(sum) : "v"(a), "v"(b), "Yk"(mask));
+  return sum;
+}
+#else
+template <class T>
+using LaneMask = typename IndexOf<T>::type;
+template <class T>
+VOXCONV_INLINE LaneMask<T> lane_mask(uint16_t bits) {
+  LaneMask<T> bit{};
+  unroll<kLanes<T>>([&](auto l) { bit[decltype(l)::value] = 1 << decltype(l)::value; });
+  return (bit & (LaneMask<T>{} + bits)) != 0;
+}
+template <class M, class V>
+VOXCONV_INLINE V masked(M mask, V v) {
+  return (V)((M)v & mask);
+}
+template <class M, class V>
+VOXCONV_INLINE V multiply_add_where(M, V sum, V a, V b) {
+  return multiply_add(sum, a, b);
+}
+#endif
+
 // Copies fewer elements than a vector has.
 template <class T, class A, class B>
 VOXCONV_INLINE void copy_few(A* to, const B* from, int64_t count) {
@@ -234,6 +283,24 @@ void copy_short_lines(A* to, int64_t to_step, const B* from, int64_t from_step, 
     store_few<T>(to, load_few<T>(from, count), count);
 }
 
+// Copies `lines` lines of `count` elements, converted if need be; the last vector of a line may
+// overlap the one before.
+template <class T, class A, class B>
+void copy_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_t lines,
+                int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  if (count < L) return copy_short_lines<T>(to, to_step, from, from_step, lines, count);
+  for (; lines > 0; --lines, to += to_step, from += from_step) {
+    for (int64_t i = 0; i + L < count; i += L) store(to + i, load(from + i));
+    store(to + count - L, load(from + count - L));
+  }
+}
+
+template <class U>
+void clear(U* cells, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) cells[i] = U{};
+}
+
 template <int S, int L, class I, class V>
 VOXCONV_INLINE void exchange(V& a, V& b) {
   I low, high;
@@ -245,15 +312,6 @@ VOXCONV_INLINE void exchange(V& a, V& b) {
   b = __builtin_shuffle(a, b, high);
   a = lower;
 }
-
-template <class T>
-struct IndexOf {
-  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct IndexOf<double> {
-  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
-};
 
 // rows[i][j] <-> rows[j][i] of a square of kLanes<T>, by log2(kLanes) rounds of block exchanges.
 template <class T>

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "depthwise_flat.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "depthwise_flat_args.h"
+#include "scratch.h"
+
+namespace voxconv {
+namespace {
+
+// Multiply-adds of a vector that are worth a thread.
+constexpr int64_t kGrainVectors = 1 << 13;
+// Planes are cut into pieces, of at least that many vectors, until there are that many units of
+// work, and until the copies a tile may need take no more scratch than that.
+constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
+// Sums of a tap that are added up in one chain, at most.
+constexpr int64_t kChain = 1024;
+// Planes of a tile, and its vectors at most.
+constexpr int64_t kTileRows = 4, kTileVectors = 4;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tables that FlatArgs points into.
+struct FlatTables {
+  std::vector<FlatRows> rows;
+  std::vector<FlatRun> runs;
+  std::vector<int64_t> offsets;
+  std::vector<uint16_t> masks;
+};
+
+struct FlatPass {
+  FlatArgs args;
+  FlatTables tables;
+};
+
+// A run of taps for a tile of `rows` destination planes, the t-th of their class being the first.
+FlatRun run_of(const RowPlan& plan, const WClass& planes, const Segment& segment, int32_t t,
+               int32_t rows) {
+  const int32_t step = planes.x_step, first = segment.offset - plan.left + t * step;
+  const int32_t count = rows + segment.length - 1;
+  const int32_t low = first < 0 ? (step - 1 - first) / step : 0;
+  const int32_t high = first < plan.source_size ? (plan.source_size - 1 - first) / step + 1 : 0;
+  return {segment.length, segment.tap, segment.tap_step, first, step, low, std::min(high, count)};
+}
+
+// Tiles of up to kTileRows destination planes; for grad_weight of 4, 2 or 1, and nothing more.
+void list_rows(FlatTables& tables, const RowPlan& plan, bool exact) {
+  for (const WClass& c : plan.classes)
+    for (int32_t t = 0; t < c.count;) {
+      int32_t count = std::min<int32_t>(kTileRows, c.count - t);
+      if (exact && count == 3) count = 2;
+      const auto begin = static_cast<int32_t>(tables.runs.size());
+      for (int32_t g = c.segment_begin; g < c.segment_end; ++g) {
+        const FlatRun run = run_of(plan, c, plan.segments[g], t, exact ? count : kTileRows);
+        if (run.low < run.high) tables.runs.push_back(run);
+      }
+      tables.rows.push_back({c.first + t * c.step, c.step, count, begin,
+                             static_cast<int32_t>(tables.runs.size())});
+      t += count;
+    }
+}
+
+// Where tap k of an axis reads, from where it adds.
+int64_t shift(const Axis& axis, int64_t k, bool backwards) {
+  const int64_t forward = k * axis.dilation - axis.before;
+  return backwards ? -forward : forward;
+}
+
+// Lanes of vectors of a plane for which a tap meets a cell of it: bits of [vector][tap].
+std::vector<uint16_t> lane_masks(const Axis& h, const Axis& w, bool backwards, int64_t lanes,
+                                 int64_t vectors) {
+  const int64_t taps = h.kernel * w.kernel;
+  std::vector<uint16_t> masks((vectors + kTileVectors) * taps, 0);
+  for (int64_t v = 0; v < vectors; ++v)
+    for (int64_t lane = 0; lane < lanes;) {  // the lanes of a line, line by line
+      const int64_t line = (v * lanes + lane) / w.in, column = (v * lanes + lane) % w.in;
+      const int64_t count = std::min(lanes - lane, w.in - column);
+      if (line >= h.in) break;
+      for (int64_t kw = 0; kw < w.kernel; ++kw) {
+        const int64_t first = column + shift(w, kw, backwards);
+        const int64_t begin = std::clamp<int64_t>(-first, 0, count);
+        const int64_t end = std::clamp<int64_t>(w.in - first, begin, count);
+        const auto bits = static_cast<uint16_t>(((1 << end) - (1 << begin)) << lane);
+        for (int64_t kh = 0; kh < h.kernel; ++kh) {
+          const int64_t from = line + shift(h, kh, backwards);
+          if (from >= 0 && from < h.in) masks[v * taps + kh * w.kernel + kw] |= bits;
+        }
+      }
+      lane += count;
+    }
+  return masks;
+}
+
+// Cuts planes into pieces and their rows into units.
+void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
+  const int64_t reach = a.before + a.after;
+  const auto cut = [&](int64_t pieces) {
+    a.piece_vectors = ceil_div(ceil_div(a.vectors, pieces), kTileVectors) * kTileVectors;
+    a.pieces = ceil_div(a.vectors, a.piece_vectors);
+    // An odd number of cache lines: planes do not compete for the same few of them.
+    a.copy_step = ceil_div(a.piece_vectors * kernels.lanes + reach, 2 * kernels.lanes) * 2 *
+                      kernels.lanes +
+                  kernels.lanes;
+  };
+  int64_t pieces = 1;
+  cut(pieces);
+  a.chunk_tiles = 1;
+  const auto copies = [&] {
+    return a.gather * a.most_runs * a.most_planes * a.copy_step * kernels.item_bytes;
+  };
+  while (a.piece_vectors > kPieceVectors &&
+         (a.units() < kUnits || (copies() > kCopyBytes && a.piece_vectors * kernels.lanes > reach)))
+    cut(++pieces);
+  if (pass == Pass::grad_weight)
+    a.chunk_tiles =
+        std::clamp<int64_t>(kChain * kTileVectors / a.piece_vectors, 1,
+                            std::max<int64_t>(1, a.tiles * a.pairs * a.pieces / kUnits));
+}
+
+FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
+                   const FlatKernels& kernels) {
+  const bool backwards = pass == Pass::grad_input;
+  const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
+  FlatPass result;
+  FlatArgs& a = result.args;
+  FlatTables& tables = result.tables;
+  list_rows(tables, row_of(d, kZeros, backwards), pass == Pass::grad_weight);
+  for (int64_t kh = 0; kh < h.kernel; ++kh)
+    for (int64_t kw = 0; kw < w.kernel; ++kw)
+      tables.offsets.push_back(shift(h, kh, backwards) * w.in + shift(w, kw, backwards));
+  a.source = strided(source);
+  a.target = strided(target);
+  int64_t items = 1;
+  for (int i = 0; i < 5; ++i) items += (source.size(i) - 1) * source.stride(i);
+  a.source_begin = source.data_ptr();
+  a.source_end =
+      static_cast<const char*>(source.data_ptr()) + items * static_cast<int64_t>(source.element_size());
+  a.weight = a.bias = nullptr;
+  a.partial = nullptr;
+  a.channels = target.size(1);
+  a.pairs = shape.batch * a.channels;
+  a.divide = backwards ? 1 : shape.multiplier;
+  a.gather = backwards ? shape.multiplier : 1;
+  a.cells = h.in * w.in;
+  a.plane_taps = d.kernel;
+  a.taps = h.kernel * w.kernel;
+  a.vectors = ceil_div(a.cells, kernels.lanes);
+  tables.masks = lane_masks(h, w, backwards, kernels.lanes, a.vectors);
+  a.rows = tables.rows.data();
+  a.runs = tables.runs.data();
+  a.offsets = tables.offsets.data();
+  a.masks = tables.masks.data();
+  const auto [low, high] = std::minmax_element(tables.offsets.begin(), tables.offsets.end());
+  a.before = std::max<int64_t>(0, -*low);
+  a.after = std::max<int64_t>(0, *high);
+  a.tiles = static_cast<int64_t>(tables.rows.size());
+  a.most_runs = a.most_planes = 0;
+  for (const FlatRows& rows : tables.rows)
+    a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
+  for (const FlatRun& run : tables.runs)
+    a.most_planes = std::max<int64_t>(a.most_planes, kTileRows + run.length - 1);
+  a.apart = getenv("APART") && a.source.d * kernels.item_bytes % 4096 == 0;
+  cut_pieces(a, kernels, pass);
+  return result;
+}
+
+template <class F>
+void run_units(const FlatArgs& a, const F& f) {
+  const int64_t unit =
+      a.chunk_tiles * kTileRows * a.piece_vectors * a.plane_taps * a.taps * a.gather;
+  parallel_for(a.units(), kGrainVectors / unit, f);
+}
+
+// Lines of w without gaps, one after the other.
+bool planes_are_lines(const Tensor& tensor) {
+  return (tensor.size(4) == 1 || tensor.stride(4) == 1) &&
+         (tensor.size(3) == 1 || tensor.stride(3) == tensor.size(4));
+}
+
+}  // namespace
+
+bool flat_fits(const Conv3dShape& shape, const Tensor& source, const Tensor& target) {
+  for (int i = 1; i < 3; ++i)
+    if (shape.axis[i].stride != 1 || shape.axis[i].in != shape.axis[i].out) return false;
+  return shape.mode == kZeros && planes_are_lines(source) && planes_are_lines(target);
+}
+
+void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
+              const void* bias, Tensor& target) {
+  const FlatKernels& kernels = flat_kernels(element_of(source));
+  FlatPass flat = plan_flat(shape, pass, source, target, kernels);
+  FlatArgs& a = flat.args;
+  a.weight = weight.data_ptr();
+  a.bias = bias;
+  const size_t bytes = kernels.correlate_scratch(a);
+  run_units(a,
+            [&](int64_t begin, int64_t end) { kernels.correlate(a, begin, end, scratch(bytes)); });
+}
+
+RowPartials run_flat_grad_weight(const Conv3dShape& shape, const Tensor& x, const Tensor& grad) {
+  const FlatKernels& kernels = flat_kernels(element_of(x));
+  FlatPass flat = plan_flat(shape, Pass::grad_weight, x, grad, kernels);
+  FlatArgs& a = flat.args;
+  RowPartials result{allocate(a.units() * shape.taps() * kernels.item_bytes),
+                     a.pieces * a.chunks()};
+  a.partial = result.memory.get();
+  const size_t bytes = kernels.grad_weight_scratch(a);
+  run_units(a, [&](int64_t begin, int64_t end) {
+    kernels.grad_weight(a, begin, end, scratch(bytes));
+  });
+  return result;
+}
+
+}  // namespace voxconv

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the kernels that take a plane as one long line of lanes (depthwise_flat.inc).
+#pragma once
+#include "depthwise_args.h"
+
+namespace voxconv {
+
+// A tile of destination planes first, first + step, ... (count of them) and its runs of taps.
+struct FlatRows {
+  int32_t first, step, count, run_begin, run_end;
+};
+
+// Taps tap, tap + tap_step, ... (length of them) along d, as a tile of rows reads them: tap number
+// i reads, for destination plane t of the tile, source plane plane + (t + i) * plane_step, of which
+// those with low <= t + i < high exist.
+struct FlatRun {
+  int32_t length, tap, tap_step, plane, plane_step, low, high;
+};
+
+// The same as CorrelateArgs for tensors whose planes lie in memory without gaps, and a convolution
+// that keeps their size. Tap t of a plane reads cell p + offsets[t] for cell p, in those lanes of
+// vector v that masks[v][t] has.
+struct FlatArgs {
+  Strided source, target;
+  const void *source_begin, *source_end;  // the tensor's memory
+  const void* weight;                     // [channels * gather, plane_taps, taps], contiguous
+  const void* bias;                       // [channels] or null
+  void* partial;                          // of grad_weight
+  int64_t pairs, channels, divide, gather;
+  int64_t cells;             // of a plane
+  int64_t plane_taps, taps;  // along d, of a plane
+  const FlatRows* rows;
+  const FlatRun* runs;
+  const int64_t* offsets;
+  const uint16_t* masks;
+  int64_t before, after;                            // farthest offsets
+  int64_t tiles, chunk_tiles;                       // of rows; of a unit
+  int64_t vectors, pieces, piece_vectors;           // a plane is cut into
+  int64_t most_runs, most_planes, copy_step;  // of a tile of rows, of a run, of copied planes
+
+  bool apart;  // planes are copied: where they lie they compete for the same cache lines
+
+  // One unit of work is `chunk_tiles` tiles of rows of a piece of a (batch, channel) pair: tiles
+  // [first, last) and vectors [begin, end).
+  struct Unit {
+    int64_t n, c, first, last, begin, end;
+  };
+  // The first source channel of target channel c.
+  int64_t source_channel(int64_t c) const { return (divide == 1 ? c : c / divide) * gather; }
+
+  int64_t chunks() const { return (tiles + chunk_tiles - 1) / chunk_tiles; }
+  int64_t units() const { return pairs * pieces * chunks(); }
+  Unit unit(int64_t i) const {
+    const int64_t pair = i / chunks() / pieces;
+    return bounded({pair / channels, pair % channels, i % chunks() * chunk_tiles, 0,
+                    i / chunks() % pieces * piece_vectors, 0});
+  }
+  // The one that follows.
+  Unit next(Unit unit) const {
+    unit.first += chunk_tiles;
+    if (unit.first >= tiles) unit.first = 0, unit.begin += piece_vectors;
+    if (unit.begin >= vectors) unit.begin = 0, ++unit.c;
+    if (unit.c == channels) unit.c = 0, ++unit.n;
+    return bounded(unit);
+  }
+  Unit bounded(Unit unit) const {
+    unit.last = unit.first + chunk_tiles < tiles ? unit.first + chunk_tiles : tiles;
+    unit.end = unit.begin + piece_vectors < vectors ? unit.begin + piece_vectors : vectors;
+    return unit;
+  }
+};
+
+// The kernels of one instruction set for one element type.
+struct FlatKernels {
+  int64_t lanes;       // neighbours in a vector
+  int64_t item_bytes;  // of a sum
+  size_t (*correlate_scratch)(const FlatArgs&);
+  size_t (*grad_weight_scratch)(const FlatArgs&);
+  void (*correlate)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*grad_weight)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
+};
+
+// The kernels for this processor.
+const FlatKernels& flat_kernels(Element element);
+
+}  // namespace voxconv
