@@ -17,8 +17,11 @@ constexpr int64_t kGrainVectors = 1 << 13;
 constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 // Sums of a tap that are added up in one chain, at most.
 constexpr int64_t kChain = 1024;
-// Planes of a tile, and its vectors at most.
-constexpr int64_t kTileRows = 4, kTileVectors = 4;
+// Vectors of a tile, at most.
+constexpr int64_t kTileVectors = 4;
+// Planes this far apart compete for the same lines of the first cache, which holds that many bytes
+// and that many lines of them.
+constexpr int64_t kWayBytes = 4096, kCacheBytes = 24 << 10, kWays = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,15 +48,15 @@ FlatRun run_of(const RowPlan& plan, const WClass& planes, const Segment& segment
   return {segment.length, segment.tap, segment.tap_step, first, step, low, std::min(high, count)};
 }
 
-// Tiles of up to kTileRows destination planes; for grad_weight of 4, 2 or 1, and nothing more.
-void list_rows(FlatTables& tables, const RowPlan& plan, bool exact) {
+// Tiles of up to `most` destination planes; of a power of two of them if `exact`.
+void list_rows(FlatTables& tables, const RowPlan& plan, int32_t most, bool exact) {
   for (const WClass& c : plan.classes)
     for (int32_t t = 0; t < c.count;) {
-      int32_t count = std::min<int32_t>(kTileRows, c.count - t);
-      if (exact && count == 3) count = 2;
+      int32_t count = std::min(most, c.count - t);
+      while (exact && (count & (count - 1))) count &= count - 1;
       const auto begin = static_cast<int32_t>(tables.runs.size());
       for (int32_t g = c.segment_begin; g < c.segment_end; ++g) {
-        const FlatRun run = run_of(plan, c, plan.segments[g], t, exact ? count : kTileRows);
+        const FlatRun run = run_of(plan, c, plan.segments[g], t, count);
         if (run.low < run.high) tables.runs.push_back(run);
       }
       tables.rows.push_back({c.first + t * c.step, c.step, count, begin,
@@ -93,6 +96,14 @@ std::vector<uint16_t> lane_masks(const Axis& h, const Axis& w, bool backwards, i
   return masks;
 }
 
+// Cells of a line that are visited before the next line, so that what a tile reads of it is still in
+// the first cache for the taps of the lines that follow.
+int64_t strip_of(int64_t planes, int64_t lines, int64_t line, const FlatKernels& kernels) {
+  const int64_t block = kTileVectors * kernels.lanes;
+  const int64_t cells = kCacheBytes / (planes * lines * kernels.item_bytes) / block * block;
+  return cells >= line ? line : std::max(cells, block);
+}
+
 // Cuts planes into pieces and their rows into units.
 void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
   const int64_t reach = a.before + a.after;
@@ -126,7 +137,11 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   FlatPass result;
   FlatArgs& a = result.args;
   FlatTables& tables = result.tables;
-  list_rows(tables, row_of(d, kZeros, backwards), pass == Pass::grad_weight);
+  const RowPlan planes = row_of(d, kZeros, backwards);
+  int64_t longest = 1, most_rows = 1;
+  for (const Segment& segment : planes.segments)
+    longest = std::max<int64_t>(longest, segment.length);
+  for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
   for (int64_t kh = 0; kh < h.kernel; ++kh)
     for (int64_t kw = 0; kw < w.kernel; ++kw)
       tables.offsets.push_back(shift(h, kh, backwards) * w.in + shift(w, kw, backwards));
@@ -148,6 +163,13 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.taps = h.kernel * w.kernel;
   a.vectors = ceil_div(a.cells, kernels.lanes);
   tables.masks = lane_masks(h, w, backwards, kernels.lanes, a.vectors);
+  const bool competing = a.source.d * kernels.item_bytes % kWayBytes == 0;
+  a.apart = competing && longest + 3 >= kWays;
+  a.tile_rows = pass == Pass::grad_weight || most_rows <= 4 || (competing && !a.apart) ? 4 : 8;
+  list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
+  a.line = w.in;
+  a.strip = strip_of(a.tile_rows + longest - 1, h.kernel, w.in, kernels);
+  if (a.strip == a.line) a.line = a.strip = a.cells;
   a.rows = tables.rows.data();
   a.runs = tables.runs.data();
   a.offsets = tables.offsets.data();
@@ -160,8 +182,7 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   for (const FlatRows& rows : tables.rows)
     a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
   for (const FlatRun& run : tables.runs)
-    a.most_planes = std::max<int64_t>(a.most_planes, kTileRows + run.length - 1);
-  a.apart = getenv("APART") && a.source.d * kernels.item_bytes % 4096 == 0;
+    a.most_planes = std::max<int64_t>(a.most_planes, a.tile_rows + run.length - 1);
   cut_pieces(a, kernels, pass);
   return result;
 }
@@ -169,7 +190,7 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
 template <class F>
 void run_units(const FlatArgs& a, const F& f) {
   const int64_t unit =
-      a.chunk_tiles * kTileRows * a.piece_vectors * a.plane_taps * a.taps * a.gather;
+      a.chunk_tiles * a.tile_rows * a.piece_vectors * a.plane_taps * a.taps * a.gather;
   parallel_for(a.units(), kGrainVectors / unit, f);
 }
 

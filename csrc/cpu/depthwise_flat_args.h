@@ -38,7 +38,9 @@ struct FlatArgs {
   int64_t vectors, pieces, piece_vectors;           // a plane is cut into
   int64_t most_runs, most_planes, copy_step;  // of a tile of rows, of a run, of copied planes
 
-  bool apart;  // planes are copied: where they lie they compete for the same cache lines
+  int64_t tile_rows;    // of a tile that is not cut short
+  int64_t line, strip;  // of a plane: cells of a line, and of what is visited of it at a time
+  bool apart;           // planes are copied: where they lie they compete for the same cache lines
 
   // One unit of work is `chunk_tiles` tiles of rows of a piece of a (batch, channel) pair: tiles
   // [first, last) and vectors [begin, end).
