@@ -82,7 +82,8 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
   const LaneMap map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
   const void* start = bias ? bias->data_ptr() : nullptr;
-  if (flat_fits(shape, source, target) && !getenv("NOFLAT")) return run_flat(shape, pass, source, weight, start, target);
+  if (flat_suits(shape, map, pass, source, target))
+    return run_flat(shape, pass, source, weight, start, target);
   const RowsForm form = rows_form(shape, map, pass, source, target);
   if (form != RowsForm::none) return run_rows(form, shape, pass, source, weight, start, target);
   const bool backwards = pass == Pass::grad_input;
@@ -202,9 +203,10 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   if (shape.batch == 0) return torch::stable::zero_(weight);
   const DepthwiseKernels& kernels = depthwise_kernels(element_of(x));
   const LaneMap map = make_lanes(x, shape.batch, filters, kernels.lanes);
-  const bool flat = flat_fits(shape, x, grad) && !getenv("NOFLAT");
+  const bool flat = flat_suits(shape, map, Pass::grad_weight, x, grad);
   if (flat || rows_form(shape, map, Pass::grad_weight, x, grad) != RowsForm::none) {
-    const RowPartials partials = flat ? run_flat_grad_weight(shape, x, grad) : run_rows_grad_weight(shape, x, grad);
+    const RowPartials partials =
+        flat ? run_flat_grad_weight(shape, x, grad) : run_rows_grad_weight(shape, x, grad);
     sum_partials(weight, partials.memory.get(), shape.batch, partials.pieces, 1,
                  [&](int64_t n, int64_t c, int64_t piece) {
                    return ((n * filters + c) * partials.pieces + piece) * shape.taps();

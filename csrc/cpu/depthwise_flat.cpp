@@ -17,6 +17,8 @@ constexpr int64_t kGrainVectors = 1 << 13;
 constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 // Sums of a tap that are added up in one chain, at most.
 constexpr int64_t kChain = 1024;
+// What a vector of destinations and a tile of them cost besides their taps, in taps: measured.
+constexpr double kMoveCost = 20, kTileCost = 30;
 // Vectors of a tile, at most.
 constexpr int64_t kTileVectors = 4;
 // Planes this far apart compete for the same lines of the first cache, which holds that many bytes
@@ -202,10 +204,21 @@ bool planes_are_lines(const Tensor& tensor) {
 
 }  // namespace
 
-bool flat_fits(const Conv3dShape& shape, const Tensor& source, const Tensor& target) {
-  for (int i = 1; i < 3; ++i)
-    if (shape.axis[i].stride != 1 || shape.axis[i].in != shape.axis[i].out) return false;
-  return shape.mode == kZeros && planes_are_lines(source) && planes_are_lines(target);
+bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
+                const Tensor& target) {
+  const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
+  const auto keeps_size = [](const Axis& axis) { return axis.stride == 1 && axis.in == axis.out; };
+  if (shape.mode != kZeros || !keeps_size(h) || !keeps_size(w) || !planes_are_lines(source) ||
+      !planes_are_lines(target))
+    return false;
+  const bool backwards = pass == Pass::grad_input;
+  const int64_t planes = backwards ? d.in : d.out, cells = h.in * w.in;
+  const int64_t block = (pass == Pass::grad_weight ? kTileVectors : 1) * map.lanes;
+  const double waste = static_cast<double>(ceil_div(cells, block) * block) / cells;
+  const double vectors = waste * cells / map.lanes;
+  const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
+  const double cost = (kMoveCost + taps) * waste + kTileCost / (vectors * std::min<int64_t>(planes, 4));
+  return cost < channels_cost(shape, map, pass);
 }
 
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,

@@ -8,9 +8,10 @@
 
 namespace voxconv {
 
-// Whether planes keep their size and lie in memory without gaps. Source and target of grad_weight
-// are x and grad.
-bool flat_fits(const Conv3dShape& shape, const Tensor& source, const Tensor& target);
+// Whether a pass can be done this way, and had better not be done with lanes over channels. Source
+// and target of grad_weight are x and grad.
+bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
+                const Tensor& target);
 
 // target = bias + source * weight.
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,

@@ -152,15 +152,6 @@ int64_t odd_lines(int64_t cells, int64_t lanes) {
   return size / lanes % 2 ? size : size + lanes;
 }
 
-// Taps of a destination that read a cell of the source, on average.
-double live_taps(const Axis& axis, int mode, bool backwards) {
-  int64_t live = 0;
-  for (int64_t o = 0; o < axis.out; ++o)
-    for (int64_t k = 0; k < axis.kernel; ++k)
-      live += source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode) >= 0;
-  return ratio(live, target_size(axis, backwards));
-}
-
 // Taps of a destination, on average, dead ones too.
 double all_taps(const Axis& axis, bool backwards) {
   return ratio(axis.kernel, backwards ? axis.stride : 1);
@@ -267,6 +258,24 @@ void run_units(const RowsArgs& a, int64_t lanes, const F& f) {
 
 }  // namespace
 
+double live_taps(const Axis& axis, int mode, bool backwards) {
+  int64_t live = 0;
+  for (int64_t o = 0; o < axis.out; ++o)
+    for (int64_t k = 0; k < axis.kernel; ++k)
+      live += source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode) >= 0;
+  return ratio(live, target_size(axis, backwards));
+}
+
+double channels_cost(const Conv3dShape& shape, const LaneMap& map, Pass pass) {
+  const Axis* axis = shape.axis;
+  const bool backwards = pass == Pass::grad_input;
+  const CostTable& cost = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
+  const double idle = ratio(map.blocks() * map.lanes, map.batch * map.channels);
+  return cost.channels_move + cost.channels_tap * live_taps(axis[0], shape.mode, backwards) *
+                                  live_taps(axis[1], shape.mode, backwards) *
+                                  all_taps(axis[2], backwards) * idle;
+}
+
 RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                    const Tensor& target) {
   const Axis* axis = shape.axis;
@@ -278,7 +287,6 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
       folded(2))
     return RowsForm::none;
   const double live_d = live_taps(axis[0], shape.mode, backwards);
-  const double live_h = live_taps(axis[1], shape.mode, backwards);
   const auto all = [&](int i) { return all_taps(axis[i], backwards); };
   const auto waste = [&](const Axis& line) {
     return row_lanes(line, axis[2], pass, map.lanes, target).waste;
@@ -288,8 +296,7 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
                        rows_kernels(element_of(source)).item_bytes;
   const bool stacked = axis[1].stride == 1 && !folded(0) && tile <= kTileBytes;
   const CostTable& cost = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
-  const double idle = ratio(map.blocks() * map.lanes, map.batch * map.channels);
-  const double channels = cost.channels_move + cost.channels_tap * live_d * live_h * all(2) * idle;
+  const double channels = channels_cost(shape, map, pass);
   const double lines = cost.lines_move + live_d * all(1) * all(2) * waste(kNoAxis);
   const double planes =
       stacked ? cost.planes_move + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;
