@@ -2,6 +2,7 @@
 #include "depthwise_flat.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "depthwise_flat_args.h"
@@ -33,6 +34,8 @@ struct FlatTables {
   std::vector<FlatRun> runs;
   std::vector<int64_t> offsets;
   std::vector<uint16_t> masks;
+  std::vector<FlatPhase> phases;
+  std::vector<int64_t> tap_phase;
 };
 
 struct FlatPass {
@@ -61,45 +64,64 @@ void list_rows(FlatTables& tables, const RowPlan& plan, int32_t most, bool exact
         const FlatRun run = run_of(plan, c, plan.segments[g], t, count);
         if (run.low < run.high) tables.runs.push_back(run);
       }
-      tables.rows.push_back({c.first + t * c.step, c.step, count, begin,
-                             static_cast<int32_t>(tables.runs.size())});
+      tables.rows.push_back(
+          {c.first + t * c.step, c.step, count, begin, static_cast<int32_t>(tables.runs.size())});
       t += count;
     }
 }
 
-// Where tap k of an axis reads, from where it adds.
-int64_t shift(const Axis& axis, int64_t k, bool backwards) {
+int64_t floor_div(int64_t a, int64_t b) { return a < 0 ? -ceil_div(-a, b) : a / b; }
+
+// Where tap k of an axis reads for destination 0.
+int64_t origin(const Axis& axis, int64_t k, bool backwards) {
   const int64_t forward = k * axis.dilation - axis.before;
   return backwards ? -forward : forward;
+}
+
+// Which phase tap k reads, and how many cells of it further on.
+int64_t shift(const Axis& axis, int64_t k, bool backwards) {
+  return floor_div(origin(axis, k, backwards), axis.stride);
+}
+int64_t phase(const Axis& axis, int64_t k, bool backwards) {
+  return origin(axis, k, backwards) - shift(axis, k, backwards) * axis.stride;
+}
+
+// Destinations [begin, end) for which tap k reads a cell.
+std::pair<int64_t, int64_t> live_range(const Axis& axis, int64_t k, bool backwards) {
+  const int64_t first = origin(axis, k, backwards), size = backwards ? axis.in : axis.out;
+  const int64_t begin =
+      std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, -first), axis.stride), 0, size);
+  return {begin, std::clamp<int64_t>(floor_div(axis.in - 1 - first, axis.stride) + 1, begin, size)};
 }
 
 // Lanes of vectors of a plane for which a tap meets a cell of it: bits of [vector][tap].
 std::vector<uint16_t> lane_masks(const Axis& h, const Axis& w, bool backwards, int64_t lanes,
                                  int64_t vectors) {
-  const int64_t taps = h.kernel * w.kernel;
+  const int64_t taps = h.kernel * w.kernel, width = w.out, lines = h.out;
   std::vector<uint16_t> masks((vectors + kTileVectors) * taps, 0);
+  std::vector<std::pair<int64_t, int64_t>> rows, columns;
+  for (int64_t k = 0; k < h.kernel; ++k) rows.push_back(live_range(h, k, backwards));
+  for (int64_t k = 0; k < w.kernel; ++k) columns.push_back(live_range(w, k, backwards));
   for (int64_t v = 0; v < vectors; ++v)
     for (int64_t lane = 0; lane < lanes;) {  // the lanes of a line, line by line
-      const int64_t line = (v * lanes + lane) / w.in, column = (v * lanes + lane) % w.in;
-      const int64_t count = std::min(lanes - lane, w.in - column);
-      if (line >= h.in) break;
+      const int64_t line = (v * lanes + lane) / width, column = (v * lanes + lane) % width;
+      const int64_t count = std::min(lanes - lane, width - column);
+      if (line >= lines) break;
       for (int64_t kw = 0; kw < w.kernel; ++kw) {
-        const int64_t first = column + shift(w, kw, backwards);
-        const int64_t begin = std::clamp<int64_t>(-first, 0, count);
-        const int64_t end = std::clamp<int64_t>(w.in - first, begin, count);
+        const int64_t begin = std::clamp<int64_t>(columns[kw].first - column, 0, count);
+        const int64_t end = std::clamp<int64_t>(columns[kw].second - column, begin, count);
         const auto bits = static_cast<uint16_t>(((1 << end) - (1 << begin)) << lane);
-        for (int64_t kh = 0; kh < h.kernel; ++kh) {
-          const int64_t from = line + shift(h, kh, backwards);
-          if (from >= 0 && from < h.in) masks[v * taps + kh * w.kernel + kw] |= bits;
-        }
+        for (int64_t kh = 0; kh < h.kernel; ++kh)
+          if (line >= rows[kh].first && line < rows[kh].second)
+            masks[v * taps + kh * w.kernel + kw] |= bits;
       }
       lane += count;
     }
   return masks;
 }
 
-// Cells of a line that are visited before the next line, so that what a tile reads of it is still in
-// the first cache for the taps of the lines that follow.
+// Cells of a line that are visited before the next line, so that what a tile reads of it is still
+// in the first cache for the taps of the lines that follow.
 int64_t strip_of(int64_t planes, int64_t lines, int64_t line, const FlatKernels& kernels) {
   const int64_t block = kTileVectors * kernels.lanes;
   const int64_t cells = kCacheBytes / (planes * lines * kernels.item_bytes) / block * block;
@@ -113,9 +135,9 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
     a.piece_vectors = ceil_div(ceil_div(a.vectors, pieces), kTileVectors) * kTileVectors;
     a.pieces = ceil_div(a.vectors, a.piece_vectors);
     // An odd number of cache lines: planes do not compete for the same few of them.
-    a.copy_step = ceil_div(a.piece_vectors * kernels.lanes + reach, 2 * kernels.lanes) * 2 *
-                      kernels.lanes +
-                  kernels.lanes;
+    const int64_t cells = a.piece_vectors * kernels.lanes + reach + (a.dealt ? 2 * a.line : 0);
+    a.phase_step = (ceil_div(cells, 2 * kernels.lanes) * 2 + 1) * kernels.lanes;
+    a.copy_step = (a.phase_count | 1) * a.phase_step;
   };
   int64_t pieces = 1;
   cut(pieces);
@@ -132,6 +154,23 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
                             std::max<int64_t>(1, a.tiles * a.pairs * a.pieces / kUnits));
 }
 
+// Offsets of the taps of a plane, and the phases they are in.
+void list_phases(FlatTables& tables, const Axis& h, const Axis& w, bool backwards) {
+  for (int64_t kh = 0; kh < h.kernel; ++kh)
+    for (int64_t kw = 0; kw < w.kernel; ++kw) {
+      tables.offsets.push_back(shift(h, kh, backwards) * w.out + shift(w, kw, backwards));
+      const int64_t row = phase(h, kh, backwards), column = phase(w, kw, backwards);
+      const auto same = [&](const FlatPhase& p) { return p.row == row && p.column == column; };
+      const auto at = std::find_if(tables.phases.begin(), tables.phases.end(), same);
+      tables.tap_phase.push_back(at - tables.phases.begin());
+      if (at == tables.phases.end())
+        tables.phases.push_back(
+            {row, column, ceil_div(h.in - row, h.stride), ceil_div(w.in - column, w.stride)});
+    }
+}
+
+bool keeps_size(const Axis& axis) { return axis.stride == 1 && axis.in == axis.out; }
+
 FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
                    const FlatKernels& kernels) {
   const bool backwards = pass == Pass::grad_input;
@@ -144,23 +183,23 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  for (int64_t kh = 0; kh < h.kernel; ++kh)
-    for (int64_t kw = 0; kw < w.kernel; ++kw)
-      tables.offsets.push_back(shift(h, kh, backwards) * w.in + shift(w, kw, backwards));
+  a.dealt = !keeps_size(h) || !keeps_size(w);
   a.source = strided(source);
   a.target = strided(target);
   int64_t items = 1;
   for (int i = 0; i < 5; ++i) items += (source.size(i) - 1) * source.stride(i);
   a.source_begin = source.data_ptr();
-  a.source_end =
-      static_cast<const char*>(source.data_ptr()) + items * static_cast<int64_t>(source.element_size());
+  a.source_end = static_cast<const char*>(source.data_ptr()) +
+                 items * static_cast<int64_t>(source.element_size());
   a.weight = a.bias = nullptr;
   a.partial = nullptr;
   a.channels = target.size(1);
   a.pairs = shape.batch * a.channels;
   a.divide = backwards ? 1 : shape.multiplier;
   a.gather = backwards ? shape.multiplier : 1;
-  a.cells = h.in * w.in;
+  a.cells = h.out * w.out;
+  a.row_stride = h.stride;
+  a.column_stride = w.stride;
   a.plane_taps = d.kernel;
   a.taps = h.kernel * w.kernel;
   a.vectors = ceil_div(a.cells, kernels.lanes);
@@ -169,16 +208,20 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.apart = competing && longest + 3 >= kWays;
   a.tile_rows = pass == Pass::grad_weight || most_rows <= 4 || (competing && !a.apart) ? 4 : 8;
   list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
-  a.line = w.in;
-  a.strip = strip_of(a.tile_rows + longest - 1, h.kernel, w.in, kernels);
-  if (a.strip == a.line) a.line = a.strip = a.cells;
+  a.line = w.out;
+  a.strip = strip_of(a.tile_rows + longest - 1, h.kernel, w.out, kernels);
+  if (a.strip == a.line && !a.dealt) a.line = a.strip = a.cells;
   a.rows = tables.rows.data();
   a.runs = tables.runs.data();
-  a.offsets = tables.offsets.data();
   a.masks = tables.masks.data();
-  const auto [low, high] = std::minmax_element(tables.offsets.begin(), tables.offsets.end());
-  a.before = std::max<int64_t>(0, -*low);
-  a.after = std::max<int64_t>(0, *high);
+  list_phases(tables, h, w, backwards);
+  a.phases = tables.phases.data();
+  a.phase_count = static_cast<int64_t>(tables.phases.size());
+  a.before = a.after = 0;
+  for (int64_t offset : tables.offsets) {
+    a.before = std::max(a.before, -offset);
+    a.after = std::max(a.after, offset);
+  }
   a.tiles = static_cast<int64_t>(tables.rows.size());
   a.most_runs = a.most_planes = 0;
   for (const FlatRows& rows : tables.rows)
@@ -186,6 +229,9 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   for (const FlatRun& run : tables.runs)
     a.most_planes = std::max<int64_t>(a.most_planes, a.tile_rows + run.length - 1);
   cut_pieces(a, kernels, pass);
+  if (a.dealt)
+    for (int64_t t = 0; t < a.taps; ++t) tables.offsets[t] += tables.tap_phase[t] * a.phase_step;
+  a.offsets = tables.offsets.data();
   return result;
 }
 
@@ -207,17 +253,19 @@ bool planes_are_lines(const Tensor& tensor) {
 bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                 const Tensor& target) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
-  const auto keeps_size = [](const Axis& axis) { return axis.stride == 1 && axis.in == axis.out; };
-  if (shape.mode != kZeros || !keeps_size(h) || !keeps_size(w) || !planes_are_lines(source) ||
-      !planes_are_lines(target))
-    return false;
   const bool backwards = pass == Pass::grad_input;
-  const int64_t planes = backwards ? d.in : d.out, cells = h.in * w.in;
+  const bool kept = keeps_size(h) && keeps_size(w);
+  const auto fits = [](const Axis& axis) { return ceil_div(axis.in, axis.stride) <= axis.out; };
+  if (shape.mode != kZeros || !(kept || (!backwards && fits(h) && fits(w))) ||
+      !planes_are_lines(target) || !(kept ? planes_are_lines(source) : source.stride(4) == 1))
+    return false;
+  const int64_t planes = backwards ? d.in : d.out, cells = h.out * w.out;
   const int64_t block = (pass == Pass::grad_weight ? kTileVectors : 1) * map.lanes;
   const double waste = static_cast<double>(ceil_div(cells, block) * block) / cells;
   const double vectors = waste * cells / map.lanes;
   const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
-  const double cost = (kMoveCost + taps) * waste + kTileCost / (vectors * std::min<int64_t>(planes, 4));
+  const double cost =
+      (kMoveCost + taps) * waste + kTileCost / (vectors * std::min<int64_t>(planes, 4));
   return cost < channels_cost(shape, map, pass);
 }
 
@@ -241,9 +289,8 @@ RowPartials run_flat_grad_weight(const Conv3dShape& shape, const Tensor& x, cons
                      a.pieces * a.chunks()};
   a.partial = result.memory.get();
   const size_t bytes = kernels.grad_weight_scratch(a);
-  run_units(a, [&](int64_t begin, int64_t end) {
-    kernels.grad_weight(a, begin, end, scratch(bytes));
-  });
+  run_units(
+      a, [&](int64_t begin, int64_t end) { kernels.grad_weight(a, begin, end, scratch(bytes)); });
   return result;
 }
 

@@ -17,9 +17,17 @@ struct FlatRun {
   int32_t length, tap, tap_step, plane, plane_step, low, high;
 };
 
-// The same as CorrelateArgs for tensors whose planes lie in memory without gaps, and a convolution
-// that keeps their size. Tap t of a plane reads cell p + offsets[t] for cell p, in those lanes of
-// vector v that masks[v][t] has.
+// Lines row, row + stride, ... of a plane (`rows` of them), and their cells column, column +
+// stride,
+// ... (`columns` of them).
+struct FlatPhase {
+  int64_t row, column, rows, columns;
+};
+
+// The same as CorrelateArgs for planes that lie in memory without gaps. Tap t of a plane reads cell
+// p + offsets[t] for cell p of the destination, in those lanes of vector v that masks[v][t] has.
+// Source planes of another size, or read with a stride, are copied as `phases`: every stride-th
+// cell of every stride-th line, laid out as a destination plane.
 struct FlatArgs {
   Strided source, target;
   const void *source_begin, *source_end;  // the tensor's memory
@@ -33,14 +41,18 @@ struct FlatArgs {
   const FlatRun* runs;
   const int64_t* offsets;
   const uint16_t* masks;
-  int64_t before, after;                            // farthest offsets
-  int64_t tiles, chunk_tiles;                       // of rows; of a unit
-  int64_t vectors, pieces, piece_vectors;           // a plane is cut into
+  int64_t before, after;                      // farthest offsets
+  int64_t tiles, chunk_tiles;                 // of rows; of a unit
+  int64_t vectors, pieces, piece_vectors;     // a plane is cut into
   int64_t most_runs, most_planes, copy_step;  // of a tile of rows, of a run, of copied planes
 
   int64_t tile_rows;    // of a tile that is not cut short
   int64_t line, strip;  // of a plane: cells of a line, and of what is visited of it at a time
-  bool apart;           // planes are copied: where they lie they compete for the same cache lines
+  const FlatPhase* phases;
+  int64_t phase_count, phase_step;
+  int64_t row_stride, column_stride;
+  bool dealt;  // planes are copied by phases
+  bool apart;  // planes are copied: where they lie they compete for the same cache lines
 
   // One unit of work is `chunk_tiles` tiles of rows of a piece of a (batch, channel) pair: tiles
   // [first, last) and vectors [begin, end).

@@ -296,6 +296,33 @@ void copy_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_
   }
 }
 
+// Copies elements 0, step, 2 step, ...: `count` of them.
+template <class T, class A, class B>
+void copy_every(A* to, const B* from, int64_t step, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  if (step == 1) return copy_lines<T>(to, 0, from, 0, 1, count);
+  if (step != 2) {
+    for (int64_t i = 0; i < count; ++i) narrow(to + i, widen(from[i * step]));
+    return;
+  }
+  // Of two vectors that share an element, so that nothing behind the last one is read.
+  typename IndexOf<T>::type even{};
+  unroll<L>([&](auto l) VOXCONV_INLINE_LAMBDA {
+    even[decltype(l)::value] = 2 * decltype(l)::value + (decltype(l)::value >= L / 2);
+  });
+  if (count < L) {
+    const int64_t all = 2 * count - 1, low = all < L ? all : L;
+    const Vec<T> a = low == L ? load(from) : load_few<T>(from, low);
+    const Vec<T> b = load_few<T>(from + L - 1, all - L + 1 > 0 ? all - L + 1 : 0);
+    return store_few<T>(to, __builtin_shuffle(a, b, even), count);
+  }
+  for (int64_t i = 0;; i += L) {
+    if (i > count - L) i = count - L;
+    store(to + i, __builtin_shuffle(load(from + 2 * i), load(from + 2 * i + L - 1), even));
+    if (i == count - L) return;
+  }
+}
+
 template <class U>
 void clear(U* cells, int64_t count) {
   for (int64_t i = 0; i < count; ++i) cells[i] = U{};
