@@ -171,19 +171,56 @@ void list_phases(FlatTables& tables, const Axis& h, const Axis& w, bool backward
 
 bool keeps_size(const Axis& axis) { return axis.stride == 1 && axis.in == axis.out; }
 
-FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
-                   const FlatKernels& kernels) {
-  const bool backwards = pass == Pass::grad_input;
-  const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
-  FlatPass result;
-  FlatArgs& a = result.args;
-  FlatTables& tables = result.tables;
-  const RowPlan planes = row_of(d, kZeros, backwards);
+// The tiles of destination planes, and what they read.
+void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass, int64_t item_bytes) {
+  const RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
   int64_t longest = 1, most_rows = 1;
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
+  const bool competing = a.source.d * item_bytes % kWayBytes == 0;
+  a.apart = competing && longest + 3 >= kWays;
+  a.tile_rows = pass == Pass::grad_weight || most_rows <= 4 || (competing && !a.apart) ? 4 : 8;
+  a.most_planes = a.tile_rows + longest - 1;
+  list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
+  a.rows = tables.rows.data();
+  a.runs = tables.runs.data();
+  a.tiles = static_cast<int64_t>(tables.rows.size());
+  a.most_runs = 0;
+  for (const FlatRows& rows : tables.rows)
+    a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
+}
+
+// The cells of a plane, and what its taps read.
+void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, bool backwards,
+                 const FlatKernels& kernels) {
+  a.cells = h.out * w.out;
+  a.vectors = ceil_div(a.cells, kernels.lanes);
+  a.taps = h.kernel * w.kernel;
+  a.row_stride = h.stride;
+  a.column_stride = w.stride;
   a.dealt = !keeps_size(h) || !keeps_size(w);
+  a.line = w.out;
+  a.strip = strip_of(a.most_planes, h.kernel, w.out, kernels);
+  if (a.strip == a.line && !a.dealt) a.line = a.strip = a.cells;
+  tables.masks = lane_masks(h, w, backwards, kernels.lanes, a.vectors);
+  a.masks = tables.masks.data();
+  list_phases(tables, h, w, backwards);
+  a.phases = tables.phases.data();
+  a.phase_count = static_cast<int64_t>(tables.phases.size());
+  a.before = a.after = 0;
+  for (int64_t offset : tables.offsets) {
+    a.before = std::max(a.before, -offset);
+    a.after = std::max(a.after, offset);
+  }
+}
+
+FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
+                   const FlatKernels& kernels) {
+  const bool backwards = pass == Pass::grad_input;
+  FlatPass result;
+  FlatArgs& a = result.args;
+  FlatTables& tables = result.tables;
   a.source = strided(source);
   a.target = strided(target);
   int64_t items = 1;
@@ -197,37 +234,9 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.pairs = shape.batch * a.channels;
   a.divide = backwards ? 1 : shape.multiplier;
   a.gather = backwards ? shape.multiplier : 1;
-  a.cells = h.out * w.out;
-  a.row_stride = h.stride;
-  a.column_stride = w.stride;
-  a.plane_taps = d.kernel;
-  a.taps = h.kernel * w.kernel;
-  a.vectors = ceil_div(a.cells, kernels.lanes);
-  tables.masks = lane_masks(h, w, backwards, kernels.lanes, a.vectors);
-  const bool competing = a.source.d * kernels.item_bytes % kWayBytes == 0;
-  a.apart = competing && longest + 3 >= kWays;
-  a.tile_rows = pass == Pass::grad_weight || most_rows <= 4 || (competing && !a.apart) ? 4 : 8;
-  list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
-  a.line = w.out;
-  a.strip = strip_of(a.tile_rows + longest - 1, h.kernel, w.out, kernels);
-  if (a.strip == a.line && !a.dealt) a.line = a.strip = a.cells;
-  a.rows = tables.rows.data();
-  a.runs = tables.runs.data();
-  a.masks = tables.masks.data();
-  list_phases(tables, h, w, backwards);
-  a.phases = tables.phases.data();
-  a.phase_count = static_cast<int64_t>(tables.phases.size());
-  a.before = a.after = 0;
-  for (int64_t offset : tables.offsets) {
-    a.before = std::max(a.before, -offset);
-    a.after = std::max(a.after, offset);
-  }
-  a.tiles = static_cast<int64_t>(tables.rows.size());
-  a.most_runs = a.most_planes = 0;
-  for (const FlatRows& rows : tables.rows)
-    a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
-  for (const FlatRun& run : tables.runs)
-    a.most_planes = std::max<int64_t>(a.most_planes, a.tile_rows + run.length - 1);
+  a.plane_taps = shape.axis[0].kernel;
+  place_planes(a, tables, shape.axis[0], pass, kernels.item_bytes);
+  place_cells(a, tables, shape.axis[1], shape.axis[2], backwards, kernels);
   cut_pieces(a, kernels, pass);
   if (a.dealt)
     for (int64_t t = 0; t < a.taps; ++t) tables.offsets[t] += tables.tap_phase[t] * a.phase_step;

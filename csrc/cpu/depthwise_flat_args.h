@@ -17,9 +17,8 @@ struct FlatRun {
   int32_t length, tap, tap_step, plane, plane_step, low, high;
 };
 
-// Lines row, row + stride, ... of a plane (`rows` of them), and their cells column, column +
-// stride,
-// ... (`columns` of them).
+// Of every stride-th line of a plane, from line `row` on (`rows` of them), every stride-th cell
+// from `column` on (`columns` of them).
 struct FlatPhase {
   int64_t row, column, rows, columns;
 };
@@ -35,24 +34,23 @@ struct FlatArgs {
   const void* bias;                       // [channels] or null
   void* partial;                          // of grad_weight
   int64_t pairs, channels, divide, gather;
-  int64_t cells;             // of a plane
   int64_t plane_taps, taps;  // along d, of a plane
   const FlatRows* rows;
   const FlatRun* runs;
+  int64_t tiles, tile_rows;        // of rows; of one that is not cut short
+  int64_t most_runs, most_planes;  // of a tile, of a run
+  int64_t cells, vectors;          // of a plane
+  int64_t line, strip;             // cells of a line, and of what is visited of it at a time
   const int64_t* offsets;
   const uint16_t* masks;
-  int64_t before, after;                      // farthest offsets
-  int64_t tiles, chunk_tiles;                 // of rows; of a unit
-  int64_t vectors, pieces, piece_vectors;     // a plane is cut into
-  int64_t most_runs, most_planes, copy_step;  // of a tile of rows, of a run, of copied planes
-
-  int64_t tile_rows;    // of a tile that is not cut short
-  int64_t line, strip;  // of a plane: cells of a line, and of what is visited of it at a time
+  int64_t before, after;  // farthest offsets
   const FlatPhase* phases;
-  int64_t phase_count, phase_step;
-  int64_t row_stride, column_stride;
-  bool dealt;  // planes are copied by phases
-  bool apart;  // planes are copied: where they lie they compete for the same cache lines
+  int64_t phase_count, row_stride, column_stride;
+  bool dealt;                     // planes are copied by phases
+  bool apart;                     // planes are copied: in place they compete for cache lines
+  int64_t phase_step, copy_step;  // of copies: from phase to phase, from plane to plane
+  int64_t pieces, piece_vectors;  // a plane is cut into
+  int64_t chunk_tiles;            // of a unit
 
   // One unit of work is `chunk_tiles` tiles of rows of a piece of a (batch, channel) pair: tiles
   // [first, last) and vectors [begin, end).
