@@ -126,7 +126,9 @@ def _roof(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
 
 def _speedup(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
     row = lab.row(name, mode, lab.bench.options.rivals)
-    return [Figure(f"{name} {mode}", row["speedup"].get(bar.rival, math.nan))]
+    capped = [rival for rival, times in row["times"].items() if times.get("capped")]
+    note = f" (--cap left out {', '.join(capped)})" if capped else ""
+    return [Figure(f"{name} {mode}{note}", row["speedup"].get(bar.rival, math.nan))]
 
 
 def _layout(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:

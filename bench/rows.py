@@ -28,7 +28,7 @@ from rivals import (
     results,
 )
 from roofline import Probes, Roofs, cuda_roofs, roof_time
-from timing import Timing, cuda_graph, interleaved
+from timing import Timing, cuda_graph, interleaved, touch_memory
 
 Row = dict[str, Any]
 UNCHECKED = "not checked"
@@ -61,6 +61,7 @@ class Bench:
             torch.backends.cudnn.benchmark = True
             self._cuda_roofs = {dtype: cuda_roofs(dtype) for dtype in self.dtypes}
         else:
+            touch_memory()
             self.probes = Probes(self.dtypes)
 
     def failure(self, case: Case, dtype: torch.dtype, layout: str) -> str | None:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -46,6 +47,18 @@ def _quantile(ordered: list[float], q: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def touch_memory(gib: int = 4) -> None:
+    """Write to that much memory, or half of what is free, and give it back.
+
+    The host of a virtual machine backs a page when it is first written to, which can take several
+    times as long as a page fault. Once done, the system hands out the same pages again.
+    """
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31
+        held = [torch.ones(1 << 30, dtype=torch.uint8) for _ in range(min(gib, free))]
+        del held
 
 
 class Peak:
