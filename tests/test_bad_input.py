@@ -25,13 +25,13 @@ def _row(error: type[Exception], *words: str, id: str, **changes: Any) -> Any:
 
 
 def _call(function: Callable[..., torch.Tensor], changes: dict[str, Any]) -> torch.Tensor:
-    return function(**{"x": X, "weight": W, "bias": B} | changes)
+    return function(**{"input": X, "weight": W, "bias": B} | changes)
 
 
 # Good arguments: x [2, 3, 5, 6, 7], weight [3, 1, 3, 3, 3], bias [3].
 ANY_CONV = [
-    _row(ValueError, "5, 6, 7", id="x_3d", x=torch.zeros(5, 6, 7)),
-    _row(ValueError, "1, 2, 3, 5, 6, 7", id="x_6d", x=X[None]),
+    _row(ValueError, "5, 6, 7", id="x_3d", input=torch.zeros(5, 6, 7)),
+    _row(ValueError, "1, 2, 3, 5, 6, 7", id="x_6d", input=X[None]),
     _row(ValueError, "3, 3, 3, 3", id="weight_4d", weight=W[:, 0]),
     _row(ValueError, "3, 27", id="weight_2d", weight=torch.zeros(3, 27)),
     _row(ValueError, "4", "3", id="bias_length", bias=torch.zeros(4)),
@@ -57,19 +57,23 @@ ANY_CONV = [
     _row(TypeError, "padding", "1.0", id="padding_float", padding=1.0),
     _row(TypeError, "padding", "0.5", id="padding_pair_float", padding=((0, 0.5), (1, 1), (1, 1))),
     _row(ValueError, "padding", "full", id="padding_word", padding="full"),
-    _row(TypeError, "list", id="x_list", x=[1.0, 2.0]),
-    _row(TypeError, "ndarray", id="x_numpy", x=numpy.zeros((2, 3, 5, 6, 7), numpy.float32)),
+    _row(TypeError, "list", id="x_list", input=[1.0, 2.0]),
+    _row(TypeError, "ndarray", id="x_numpy", input=numpy.zeros((2, 3, 5, 6, 7), numpy.float32)),
     _row(TypeError, "NoneType", id="weight_none", weight=None),
     _row(TypeError, "float", id="bias_number", bias=1.0),
     _row(TypeError, "float32", "float64", id="weight_dtype", weight=W.double()),
     _row(TypeError, "float32", "bfloat16", id="bias_dtype", bias=B.bfloat16()),
-    _row(TypeError, "float16", "float32", id="x_dtype", x=X.half()),
-    _row(TypeError, "int64", id="integers", x=X.long(), weight=W.long(), bias=B.long()),
-    _row(TypeError, "bool", id="bools", x=X.bool(), weight=W.bool(), bias=B.bool()),
+    _row(TypeError, "float16", "float32", id="x_dtype", input=X.half()),
+    _row(TypeError, "int64", id="integers", input=X.long(), weight=W.long(), bias=B.long()),
+    _row(TypeError, "bool", id="bools", input=X.bool(), weight=W.bool(), bias=B.bool()),
     _row(ValueError, "cpu", "meta", id="weight_device", weight=W.to("meta")),
     _row(ValueError, "cpu", "meta", id="bias_device", bias=B.to("meta")),
     _row(ValueError, "0", id="kernel_empty", weight=torch.zeros(3, 1, 3, 0, 3)),
-    _row(ValueError, "0", id="x_empty_axis", x=torch.zeros(2, 3, 5, 0, 7)),
+    _row(ValueError, "stride", "2**31", str(2**40), id="stride_huge", stride=2**40),
+    _row(ValueError, "dilation", "2**31", id="dilation_huge", dilation=2**31, padding=2**31),
+    _row(TypeError, "input", "sparse", id="input_sparse", input=X.to_sparse()),
+    _row(TypeError, "bias", "sparse", id="bias_sparse", bias=B.to_sparse()),
+    _row(ValueError, "0", id="x_empty_axis", input=torch.zeros(2, 3, 5, 0, 7)),
 ]
 
 FORWARD = [
@@ -94,6 +98,8 @@ FORWARD = [
     ),
     _row(ValueError, "5, 6, 7", "9", id="empty_output", weight=torch.zeros(3, 1, 9, 3, 3)),
     _row(ValueError, "5, 6, 7", "11", id="empty_by_dilation", dilation=(1, 5, 1)),
+    _row(ValueError, "padded", "2**31", id="padding_huge", padding=2**40),
+    _row(ValueError, "bytes", "float32", id="output_huge", padding=2**18),
 ]
 
 GROUPED = [
@@ -101,6 +107,10 @@ GROUPED = [
     _row(ValueError, "0", id="groups_0", groups=0),
     _row(ValueError, "-3", id="groups_negative", groups=-3),
     _row(TypeError, "groups", "1.5", id="groups_float", groups=1.5),
+]
+
+DENSE = [
+    _row(ValueError, "groups=3", id="groups_forgotten", groups=1),
 ]
 
 TRANSPOSED = [
@@ -144,7 +154,7 @@ def test_depthwise(
         _refused(voxconv.depthwise_conv3d, changes, error, words)
 
 
-@pytest.mark.parametrize(("changes", "error", "words"), ANY_CONV + FORWARD + GROUPED)
+@pytest.mark.parametrize(("changes", "error", "words"), ANY_CONV + FORWARD + GROUPED + DENSE)
 def test_conv3d(changes: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
     _refused(voxconv.conv3d, {"groups": 3} | changes, error, words)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import voxconv
 from cases import CHANNELS_LAST, Case, scaled_down, select
@@ -143,3 +144,12 @@ def test_dense_transposed_falls_to_torch() -> None:
     args = (2, 1, 1, 2)
     got = voxconv.conv_transpose3d(x, weight, bias, *args)
     assert torch.equal(got, torch.nn.functional.conv_transpose3d(x, weight, bias, *args))
+
+
+def test_spellings_of_torch() -> None:
+    """Keywords and one-element sequences that F.conv3d takes."""
+    case = Case("spelling", channels=2, size=(5, 6, 7))
+    x, weight, bias, _ = case.make(torch.float64)
+    kwargs = {"stride": (2,), "padding": [1], "dilation": (1,), "groups": 2}
+    got = voxconv.conv3d(input=x, weight=weight, bias=bias, **kwargs)
+    torch.testing.assert_close(got, F.conv3d(input=x, weight=weight, bias=bias, **kwargs))

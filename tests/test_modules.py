@@ -232,6 +232,13 @@ class TestDepthwise:
         x = _volume(1)
         _close(layer(x), F.conv3d(x, layer.weight, layer.bias, padding=1))
 
+    def test_other_channels(self) -> None:
+        """As many as the weight could serve with another multiplier."""
+        with pytest.raises(ValueError, match="1, 16, 5, 5, 5"):
+            nn.DepthwiseConv3d(8, 3, multiplier=4)(torch.zeros(1, 16, 5, 5, 5))
+        with pytest.raises(TypeError, match="multiplier"):
+            nn.DepthwiseConv3d(8, 3, multiplier=1.5)
+
     def test_copies(self) -> None:
         layer = nn.DepthwiseConv3d(2, 3, padding=((0, 1), (1, 1), (2, 0)))
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -275,7 +282,9 @@ def test_bad_arguments(layer: Any, arguments: dict, error: type[Exception], word
         (lambda: nn.ConvTranspose3d(4, 4, 3, padding_mode="circular"), "zeros"),
         (lambda: nn.Conv3d(4, 6, 3, groups=3), "groups"),
         (lambda: nn.DepthwiseConv3d(4, 3, multiplier=0), "multiplier"),
-        (lambda: nn.DepthwiseConv3d(0, 3), "groups"),
+        (lambda: nn.DepthwiseConv3d(0, 3), "channels"),
+        (lambda: nn.ConvTranspose3d(4, 4, 3, 2, output_padding=5), "output_padding"),
+        (lambda: nn.ConvTranspose3d(4, 4, 3, 2, output_padding=-1), "output_padding"),
     ],
 )
 def test_more_bad_arguments(make: Any, word: str) -> None:

@@ -15,6 +15,9 @@ struct FlatRows {
 // those with low <= t + i < high exist.
 struct FlatRun {
   int32_t length, tap, tap_step, plane, plane_step, low, high;
+
+  // A bit for each of the planes that exist.
+  uint32_t live() const { return (1u << high) - (1u << low); }
 };
 
 // Of every stride-th line of a plane, from line `row` on (`rows` of them), every stride-th cell

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from ._geometry import Geometry, Sextuple, Triple, resolve, resolve_transposed
 from .autograd import Plan
 
 _DTYPES = (*_dispatch.CPU_DTYPES, torch.complex64, torch.complex128)
+
+_ADDRESSABLE = 2**47  # bytes a process can have
 
 
 class Passes(NamedTuple):
@@ -41,7 +44,7 @@ def check(
     bias_shape: torch.Size | None,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     devices: tuple[torch.device, torch.device, torch.device | None],
-    layouts: tuple[torch.layout, torch.layout],
+    layouts: tuple[torch.layout, torch.layout, torch.layout | None],
     stride: Triple,
     padding: Sextuple | str,
     dilation: Triple,
@@ -71,6 +74,7 @@ def check(
         geometry = resolve(size, kernel, stride, padding, dilation, mode)
         out = geometry.out_size(size)
     out_shape = (batch, out_channels, *out)
+    _check_bytes(out_shape, dtypes[0])
     problem = Problem(
         op="forward",
         device=devices[0].type,
@@ -94,7 +98,7 @@ def check(
 def _check_types(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     devices: tuple[torch.device, torch.device, torch.device | None],
-    layouts: tuple[torch.layout, torch.layout],
+    layouts: tuple[torch.layout, torch.layout, torch.layout | None],
 ) -> None:
     names = ("input", "weight", "bias")
     if dtypes[0] not in _DTYPES:
@@ -104,8 +108,9 @@ def _check_types(
             raise TypeError(f"{name} has dtype {dtype}, the input {dtypes[0]}: they must agree")
         if device is not None and device != devices[0]:
             raise ValueError(f"{name} is on {device}, the input on {devices[0]}")
-    if layouts != (torch.strided, torch.strided):
-        raise TypeError(f"input and weight must be dense tensors, got {layouts[0]}, {layouts[1]}")
+    for name, layout in zip(names, layouts, strict=True):
+        if layout not in (torch.strided, None):
+            raise TypeError(f"{name} must be a dense tensor, got one of layout {layout}")
 
 
 def _check_ranks(x_shape: torch.Size, weight_shape: torch.Size) -> None:
@@ -115,6 +120,13 @@ def _check_ranks(x_shape: torch.Size, weight_shape: torch.Size) -> None:
         )
     if len(weight_shape) != 5:
         raise ValueError(f"weight must have 5 axes, got shape {tuple(weight_shape)}")
+
+
+def _check_bytes(out_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if all(isinstance(n, int) for n in out_shape):
+        size = math.prod(out_shape) * dtype.itemsize
+        if size >= _ADDRESSABLE:
+            raise ValueError(f"the output {list(out_shape)} of {dtype} would take {size:.3g} bytes")
 
 
 def _channels(
@@ -145,9 +157,11 @@ def _channels(
         out_channels = second * groups
     else:
         if channels != second * groups or first % groups != 0 or first < 1:
+            whole = second > 0 and channels % second == 0 and first % (channels // second) == 0
+            hint = f"; did you mean groups={channels // second}?" if whole and groups == 1 else ""
             raise ValueError(
                 f"a convolution of C channels in {groups} groups needs a weight "
-                f"[O, C/{groups}, kD, kH, kW] with O divisible by {groups}, got {shapes}"
+                f"[O, C/{groups}, kD, kH, kW] with O divisible by {groups}, got {shapes}{hint}"
             )
         out_channels = first
     return out_channels, groups

@@ -22,6 +22,8 @@ PaddingLike: TypeAlias = str | int | Sequence[int] | Sequence[Sequence[int]]
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 AXES = ("depth", "height", "width")
 
+_LIMIT = 2**31  # kernels count the cells of one axis in 32 bits
+
 _MODE_INDEX = {name: index for index, name in enumerate(PADDING_MODES)}
 
 
@@ -68,11 +70,11 @@ def _type(value: Any) -> str:
 
 
 def triple(value: IntOrTriple, name: str) -> Triple:
-    """Turn an int or a sequence of three into a 3-tuple of ints.
+    """Turn an int or a sequence of one or three into a 3-tuple of ints.
 
     Raises:
         TypeError: something is not an integer (a bool is not).
-        ValueError: the sequence has not three elements.
+        ValueError: the sequence has not one or three elements.
     """
     if type(value) is int:
         return (value, value, value)
@@ -83,8 +85,10 @@ def triple(value: IntOrTriple, name: str) -> Triple:
     if not isinstance(value, Sequence) or isinstance(value, str):
         one = integer(value, name)
         return (one, one, one)
+    if len(value) == 1:
+        value = (value[0],) * 3
     if len(value) != 3:
-        raise ValueError(f"{name} must be an int or have 3 elements, got {value!r}")
+        raise ValueError(f"{name} must be an int or have 1 or 3 elements, got {value!r}")
     return (integer(value[0], name), integer(value[1], name), integer(value[2], name))
 
 
@@ -104,9 +108,9 @@ def paddings(value: PaddingLike) -> Sextuple | str:
     if isinstance(value, Sequence) and len(value) == 3 and isinstance(value[0], Sequence):
         pairs = [_pair(pair, value) for pair in value]
         return (*pairs[0], *pairs[1], *pairs[2])
-    if isinstance(value, Sequence) and len(value) != 3:
+    if isinstance(value, Sequence) and len(value) not in (1, 3):
         raise ValueError(
-            f"padding must be an int, 3 ints or 3 (before, after) pairs, got {value!r}"
+            f"padding must be an int, 1 or 3 ints or 3 (before, after) pairs, got {value!r}"
         )
     d, h, w = triple(value, "padding")  # type: ignore[arg-type]
     return (d, d, h, h, w, w)
@@ -145,6 +149,23 @@ def _check_padding(padding: Sextuple) -> None:
     for pad in padding:
         if pad < 0:
             raise ValueError(f"padding must not be negative, got {pairs(padding)}")
+
+
+def _check_limits(size: Triple, geometry: Geometry, out: Triple) -> None:
+    """Refuse numbers that the kernels cannot count; sizes that are symbols are let through."""
+    kernel, stride, padding, dilation, _ = geometry
+    padded = tuple(
+        n + before + after for n, (before, after) in zip(size, pairs(padding), strict=True)
+    )
+    for name, values in (
+        ("stride", stride),
+        ("dilation", dilation),
+        ("the padded size of the input", padded),
+        ("the span of the kernel", span(kernel, dilation)),
+        ("the size of the output", out),
+    ):
+        if any(isinstance(value, int) and value >= _LIMIT for value in values):
+            raise ValueError(f"{name} must be below 2**31 along every axis, got {tuple(values)}")
 
 
 def pairs(padding: Sextuple) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -193,6 +214,7 @@ def resolve(
                 f"the output would be empty: input size {tuple(size)}, padding {pairs(padding)}, "
                 f"kernel {kernel} with dilation {dilation} spans {span(kernel, dilation)}"
             )
+    _check_limits(size, geometry, geometry.out_size(size))
     return geometry
 
 
@@ -242,7 +264,9 @@ def resolve_transposed(
                 f"{stride}, padding {pairs(padding)}, dilation {dilation}, output_padding "
                 f"{output_padding} give {tuple(out)}"
             )
-    return Geometry(kernel, stride, padding, dilation, 0), (out[0], out[1], out[2])
+    geometry = Geometry(kernel, stride, padding, dilation, 0)
+    _check_limits((out[0], out[1], out[2]), geometry, size)
+    return geometry, (out[0], out[1], out[2])
 
 
 def canonicalise(

@@ -33,7 +33,7 @@ _calls: dict[Any, Call] = {}
 
 
 def conv3d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrTriple = 1,
@@ -44,11 +44,11 @@ def conv3d(
 ) -> Tensor:
     """3-D convolution; depthwise ones run on our kernels, all others on torch.
 
-    Equivalent to: `F.conv3d(x, weight, bias, stride, padding, dilation, groups)`, and like
+    Equivalent to: `F.conv3d(input, weight, bias, stride, padding, dilation, groups)`, and like
     `torch.nn.Conv3d` for the other padding modes.
 
     Args:
-        x: [N, C, D, H, W] or [C, D, H, W], any strides.
+        input: [N, C, D, H, W] or [C, D, H, W], any strides.
         weight: [O, C/groups, kD, kH, kW], same dtype and device.
         bias: [O].
         padding: int, 3 ints, 3 (before, after) pairs, "valid", or "same", which gives
@@ -56,18 +56,18 @@ def conv3d(
         padding_mode: "zeros", "replicate", "reflect" or "circular".
 
     Returns:
-        [N, O, oD, oH, oW] (or without N), in the layout of x.
+        [N, O, oD, oH, oW] (or without N), in the layout of the input.
 
     Raises:
         ValueError: shapes, devices or values that do not fit, or an empty output.
         TypeError: not tensors, not integers, mixed dtypes.
         NotImplementedError: the backend asked for by `use_backend` cannot run it.
     """
-    if has_torch_function_variadic(x, weight, bias):
+    if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             conv3d,
-            (x, weight, bias),
-            x,
+            (input, weight, bias),
+            input,
             weight,
             bias,
             stride=stride,
@@ -76,11 +76,11 @@ def conv3d(
             groups=groups,
             padding_mode=padding_mode,
         )
-    return _convolve(x, weight, bias, stride, padding, dilation, groups, padding_mode)
+    return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
 
 
 def depthwise_conv3d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrTriple = 1,
@@ -90,25 +90,25 @@ def depthwise_conv3d(
 ) -> Tensor:
     """Depthwise 3-D convolution: output channel c*m + j filters input channel c alone.
 
-    Equivalent to: `F.conv3d(x, weight, bias, stride, padding, dilation, groups=C)`.
+    Equivalent to: `F.conv3d(input, weight, bias, stride, padding, dilation, groups=C)`.
 
     Args:
-        x: [N, C, D, H, W] or [C, D, H, W], any strides.
+        input: [N, C, D, H, W] or [C, D, H, W], any strides.
         weight: [C*m, 1, kD, kH, kW], same dtype and device.
         bias: [C*m].
         padding, padding_mode: see `conv3d`.
 
     Returns:
-        [N, C*m, oD, oH, oW] (or without N), in the layout of x.
+        [N, C*m, oD, oH, oW] (or without N), in the layout of the input.
 
     Raises:
         ValueError, TypeError, NotImplementedError: see `conv3d`.
     """
-    if has_torch_function_variadic(x, weight, bias):
+    if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             depthwise_conv3d,
-            (x, weight, bias),
-            x,
+            (input, weight, bias),
+            input,
             weight,
             bias,
             stride=stride,
@@ -116,11 +116,11 @@ def depthwise_conv3d(
             dilation=dilation,
             padding_mode=padding_mode,
         )
-    return _convolve(x, weight, bias, stride, padding, dilation, None, padding_mode)
+    return _convolve(input, weight, bias, stride, padding, dilation, None, padding_mode)
 
 
 def conv_transpose3d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrTriple = 1,
@@ -131,27 +131,27 @@ def conv_transpose3d(
 ) -> Tensor:
     """Transposed 3-D convolution; depthwise ones run on our kernels, all others on torch.
 
-    Equivalent to: `F.conv_transpose3d(x, weight, bias, stride, padding, output_padding, groups,
+    Equivalent to: `F.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups,
     dilation)`.
 
     Args:
-        x: [N, C, D, H, W] or [C, D, H, W], any strides.
+        input: [N, C, D, H, W] or [C, D, H, W], any strides.
         weight: [C, O/groups, kD, kH, kW], same dtype and device.
         bias: [O].
         padding: int, 3 ints or 3 (before, after) pairs; it shortens the output.
         output_padding: cells added after; smaller than the stride or the dilation.
 
     Returns:
-        [N, O, oD, oH, oW] (or without N), in the layout of x.
+        [N, O, oD, oH, oW] (or without N), in the layout of the input.
 
     Raises:
         ValueError, TypeError, NotImplementedError: see `conv3d`; "same" and "valid" are refused.
     """
-    if has_torch_function_variadic(x, weight, bias):
+    if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             conv_transpose3d,
-            (x, weight, bias),
-            x,
+            (input, weight, bias),
+            input,
             weight,
             bias,
             stride=stride,
@@ -160,17 +160,17 @@ def conv_transpose3d(
             groups=groups,
             dilation=dilation,
         )
-    x, weight, bias = _tensors(x, weight, bias)
+    input, weight, bias = _tensors(input, weight, bias)
     call = _settle(
-        True, x, weight, bias, stride, padding, dilation, groups, "zeros", output_padding
+        True, input, weight, bias, stride, padding, dilation, groups, "zeros", output_padding
     )
-    batched = x.dim() == 5
+    batched = input.dim() == 5
     if not batched:
-        x = x.unsqueeze(0)
+        input = input.unsqueeze(0)
     if call.plan is None:
-        y = _torch_conv_transpose3d(x, weight, bias, call)
+        y = _torch_conv_transpose3d(input, weight, bias, call)
     else:
-        y = _depthwise_transpose(x, weight, bias, call)
+        y = _depthwise_transpose(input, weight, bias, call)
     return y if batched else y.squeeze(0)
 
 
@@ -293,7 +293,7 @@ def _settle(
         None if bias is None else bias.shape,
         (x.dtype, weight.dtype, None if bias is None else bias.dtype),
         (x.device, weight.device, None if bias is None else bias.device),
-        (x.layout, weight.layout),
+        (x.layout, weight.layout, None if bias is None else bias.layout),
         triple(stride, "stride"),
         paddings(padding),
         triple(dilation, "dilation"),
@@ -340,7 +340,7 @@ class Explanation:
 
 
 def explain(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrTriple = 1,
@@ -362,16 +362,16 @@ def explain(
     Raises:
         ValueError, TypeError, NotImplementedError: those of the call itself.
     """
-    x, weight, bias = _tensors(x, weight, bias)
-    if groups is None and x.dim() in (4, 5) and weight.dim() == 5:
-        channels, per_group = x.shape[-4], weight.shape[1]
+    input, weight, bias = _tensors(input, weight, bias)
+    if groups is None and input.dim() in (4, 5) and weight.dim() == 5:
+        channels, per_group = input.shape[-4], weight.shape[1]
         if transposed:
             groups = channels if per_group == 1 else 1
         elif per_group != 1:
             groups = max(channels // max(per_group, 1), 1)
     call = _settle(
         transposed,
-        x,
+        input,
         weight,
         bias,
         stride,
@@ -381,8 +381,8 @@ def explain(
         padding_mode,
         output_padding,
     )
-    meetings = call.out_shape[0] * math.prod(x.shape[-3:] if transposed else call.out_shape[2:])
-    values = x.numel() + weight.numel() + math.prod(call.out_shape)
+    meetings = call.out_shape[0] * math.prod(input.shape[-3:] if transposed else call.out_shape[2:])
+    values = input.numel() + weight.numel() + math.prod(call.out_shape)
     if bias is not None:
         values += bias.numel()
     first = call.passes.forward
@@ -390,8 +390,8 @@ def explain(
         backend=first.backend,
         kernel=first.kernel,
         reason=first.reason,
-        output_shape=call.out_shape if x.dim() == 5 else call.out_shape[1:],
+        output_shape=call.out_shape if input.dim() == 5 else call.out_shape[1:],
         flops=2 * weight.numel() * meetings,
-        bytes=values * x.element_size(),
+        bytes=values * input.element_size(),
         passes=call.passes,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._geometry import IntOrTriple, PaddingLike, Triple, paddings, pairs, triple
+from .._geometry import IntOrTriple, PaddingLike, Triple, integer, paddings, pairs, triple
 
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 Device: TypeAlias = "torch.device | str | int | None"
@@ -169,16 +169,23 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
             )
         stored = _stored_padding(padding)
         known = isinstance(stored[0], int)
+        stride, dilation = _positive(stride, "stride"), _positive(dilation, "dilation")
+        extra = triple(output_padding, "output_padding")
+        if any(not 0 <= n < max(s, d) for n, s, d in zip(extra, stride, dilation, strict=True)):
+            raise ValueError(
+                "output_padding must not be negative and be smaller than stride or dilation, got "
+                f"output_padding {extra}, stride {stride}, dilation {dilation}"
+            )
         super().__init__(
             in_channels,
             out_channels,
             _positive(kernel_size, "kernel_size"),
-            _positive(stride, "stride"),
+            stride,
             stored if known else 0,
-            triple(output_padding, "output_padding"),
+            extra,
             groups,
             bias,
-            _positive(dilation, "dilation"),
+            dilation,
             padding_mode,
             device,
             dtype,
@@ -276,8 +283,9 @@ class DepthwiseConv3d(Conv3d):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if multiplier < 1:
-            raise ValueError(f"multiplier must be positive, got {multiplier}")
+        for name, value in (("channels", channels), ("multiplier", multiplier)):
+            if integer(value, name) < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(
             channels,
             channels * multiplier,
@@ -290,9 +298,4 @@ class DepthwiseConv3d(Conv3d):
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
-        )
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.depthwise_conv3d(
-            input, weight, bias, self.stride, self.padding, self.dilation, self.padding_mode
         )
