@@ -6,8 +6,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,7 +16,8 @@ from testing import DTYPES, all_passes, bitwise_equal, dtype_id, on, ours
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with mmap")
 
 PAGE = mmap.PAGESIZE
-PROT_NONE, PROT_ALL = 0, mmap.PROT_READ | mmap.PROT_WRITE
+PROT_NONE = 0
+LIBC = ctypes.CDLL(None)
 CASES = [
     Case("plain", channels=2, size=(9, 6, 19), padding=1),
     Case("dw7", channels=2, size=(4, 8, 8), kernel=(7, 7, 7), padding=3),
@@ -34,28 +33,17 @@ CASES = [
 ]
 
 
-@contextmanager
-def _fenced(tensors: Tensors, at_end: bool) -> Iterator[Tensors]:
-    """The tensors, each in memory of its own whose last (or first) byte has none beside it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    fences, kept, moved = [], [], []
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        pages = -(-size // PAGE)
-        memory = mmap.mmap(-1, (pages + 2) * PAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for fence in (start, start + (pages + 1) * PAGE):
-            assert libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(PAGE), PROT_NONE) == 0
-            fences.append(fence)
-        offset = PAGE + (pages * PAGE - size if at_end else 0)
-        inside = torch.frombuffer(
-            memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset
-        ).view(tensor.shape)
-        moved.append(inside.copy_(tensor))
-        kept.append(memory)
-    yield Tensors(*moved)
-    for fence in fences:
-        libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(PAGE), PROT_ALL)
+def _fenced(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """The tensor in memory of its own, with none behind its last (or before its first) byte."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (start, start + (pages + 1) * PAGE):
+        assert LIBC.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(PAGE), PROT_NONE) == 0
+    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    inside = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return inside.view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
@@ -65,7 +53,6 @@ def test_stays_inside(case: Case, dtype: torch.dtype, at_end: bool) -> None:
     made = case.make(dtype)
     with on("direct"):
         expected = all_passes(ours, case, made)
-        with _fenced(made, at_end) as fenced:
-            got = all_passes(ours, case, fenced)
+        got = all_passes(ours, case, Tensors(*(_fenced(t, at_end) for t in made)))
     for which, value in expected.items():
         assert bitwise_equal(got[which], value), which

@@ -8,6 +8,9 @@ namespace voxconv {
 // Order of the padding modes in the op schemas (python/voxconv/_geometry.py holds the same list).
 enum PaddingMode : int { kZeros = 0, kReplicate = 1, kReflect = 2, kCircular = 3 };
 
+// What is computed: the output, or the gradient of one of the factors.
+enum class Pass { forward, grad_input, grad_weight };
+
 // One spatial axis. Sizes in elements, `before`/`after` is the padding of the forward input.
 struct Axis {
   int64_t in, out, kernel, stride, dilation, before, after;

@@ -135,6 +135,19 @@ struct CorrelateArgs {
   int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }
 };
 
+// What the passes with lanes along w know of their tensors. Target channel c reads source channels
+// source_channel(c) + j and weights c * gather + j for j < gather, as in CorrelateArgs.
+struct PassTensors {
+  Strided source, target;
+  const void* weight;  // [channels * gather, taps], contiguous
+  const void* bias;    // [channels] or null
+  void* partial;       // of grad_weight
+  int64_t pairs;       // batch * channels
+  int64_t channels, divide, gather;
+
+  int64_t source_channel(int64_t c) const { return (divide == 1 ? c : c / divide) * gather; }
+};
+
 // Source lines from .. from + count - 1 go to staged lines to ..
 struct LineRun {
   int32_t from, to, count;
@@ -149,19 +162,13 @@ struct LineRun {
 // a row reads the cell offsets[i] behind that of the destination. Sums of a row are those of one
 // line after the other (`by_line`), or `width` cells from its first line to its last, and what lies
 // between its lines is thrown away.
-struct RowsArgs {
+struct RowsArgs : PassTensors {
   struct Steps {
     int64_t plane, row, line;
   };
-  Strided source, target;
   Steps source_step, target_step;
-  const void* weight;  // [channels * gather, taps of planes, of rows, of a row], contiguous
-  const void* bias;    // [channels] or null
-  void* partial;       // of grad_weight
-  int64_t pairs;       // batch * channels
-  int64_t channels, divide, gather;
   int64_t source_planes, planes, rows, width;  // width: of what is summed as one
-  int64_t plane_taps, row_taps, taps;
+  int64_t plane_taps, row_taps, taps;          // the weight's: of planes, of rows, of a row
   LinksView d;
   RowView h;
   const int32_t* row_source;

@@ -26,8 +26,6 @@ constexpr int64_t kTileVectors = 4;
 // and that many lines of them.
 constexpr int64_t kWayBytes = 4096, kCacheBytes = 24 << 10, kWays = 8;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Tables that FlatArgs points into.
 struct FlatTables {
   std::vector<FlatRows> rows;
@@ -88,7 +86,7 @@ int64_t phase(const Axis& axis, int64_t k, bool backwards) {
 
 // Destinations [begin, end) for which tap k reads a cell.
 std::pair<int64_t, int64_t> live_range(const Axis& axis, int64_t k, bool backwards) {
-  const int64_t first = origin(axis, k, backwards), size = backwards ? axis.in : axis.out;
+  const int64_t first = origin(axis, k, backwards), size = target_size(axis, backwards);
   const int64_t begin =
       std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, -first), axis.stride), 0, size);
   return {begin, std::clamp<int64_t>(floor_div(axis.in - 1 - first, axis.stride) + 1, begin, size)};
@@ -132,11 +130,10 @@ int64_t strip_of(int64_t planes, int64_t lines, int64_t line, const FlatKernels&
 void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
   const int64_t reach = a.before + a.after;
   const auto cut = [&](int64_t pieces) {
-    a.piece_vectors = ceil_div(ceil_div(a.vectors, pieces), kTileVectors) * kTileVectors;
+    a.piece_vectors = round_up(ceil_div(a.vectors, pieces), kTileVectors);
     a.pieces = ceil_div(a.vectors, a.piece_vectors);
-    // An odd number of cache lines: planes do not compete for the same few of them.
     const int64_t cells = a.piece_vectors * kernels.lanes + reach + (a.dealt ? 2 * a.line : 0);
-    a.phase_step = (ceil_div(cells, 2 * kernels.lanes) * 2 + 1) * kernels.lanes;
+    a.phase_step = odd_lines(cells, kernels.lanes);
     a.copy_step = (a.phase_count | 1) * a.phase_step;
   };
   int64_t pieces = 1;
@@ -221,19 +218,12 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   FlatPass result;
   FlatArgs& a = result.args;
   FlatTables& tables = result.tables;
-  a.source = strided(source);
-  a.target = strided(target);
+  static_cast<PassTensors&>(a) = pass_tensors(shape, pass, source, target);
   int64_t items = 1;
   for (int i = 0; i < 5; ++i) items += (source.size(i) - 1) * source.stride(i);
   a.source_begin = source.data_ptr();
   a.source_end = static_cast<const char*>(source.data_ptr()) +
                  items * static_cast<int64_t>(source.element_size());
-  a.weight = a.bias = nullptr;
-  a.partial = nullptr;
-  a.channels = target.size(1);
-  a.pairs = shape.batch * a.channels;
-  a.divide = backwards ? 1 : shape.multiplier;
-  a.gather = backwards ? shape.multiplier : 1;
   a.plane_taps = shape.axis[0].kernel;
   place_planes(a, tables, shape.axis[0], pass, kernels.item_bytes);
   place_cells(a, tables, shape.axis[1], shape.axis[2], backwards, kernels);
@@ -268,9 +258,9 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   if (shape.mode != kZeros || !(kept || (!backwards && fits(h) && fits(w))) ||
       !planes_are_lines(target) || !(kept ? planes_are_lines(source) : source.stride(4) == 1))
     return false;
-  const int64_t planes = backwards ? d.in : d.out, cells = h.out * w.out;
+  const int64_t planes = target_size(d, backwards), cells = h.out * w.out;
   const int64_t block = (pass == Pass::grad_weight ? kTileVectors : 1) * map.lanes;
-  const double waste = static_cast<double>(ceil_div(cells, block) * block) / cells;
+  const double waste = ratio(round_up(cells, block), cells);
   const double vectors = waste * cells / map.lanes;
   const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
   const double cost =

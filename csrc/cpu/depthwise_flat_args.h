@@ -30,14 +30,9 @@ struct FlatPhase {
 // p + offsets[t] for cell p of the destination, in those lanes of vector v that masks[v][t] has.
 // Source planes of another size, or read with a stride, are copied as `phases`: every stride-th
 // cell of every stride-th line, laid out as a destination plane.
-struct FlatArgs {
-  Strided source, target;
+struct FlatArgs : PassTensors {
   const void *source_begin, *source_end;  // the tensor's memory
-  const void* weight;                     // [channels * gather, plane_taps, taps], contiguous
-  const void* bias;                       // [channels] or null
-  void* partial;                          // of grad_weight
-  int64_t pairs, channels, divide, gather;
-  int64_t plane_taps, taps;  // along d, of a plane
+  int64_t plane_taps, taps;               // the weight's: along d, of a plane
   const FlatRows* rows;
   const FlatRun* runs;
   int64_t tiles, tile_rows;        // of rows; of one that is not cut short
@@ -60,9 +55,6 @@ struct FlatArgs {
   struct Unit {
     int64_t n, c, first, last, begin, end;
   };
-  // The first source channel of target channel c.
-  int64_t source_channel(int64_t c) const { return (divide == 1 ? c : c / divide) * gather; }
-
   int64_t chunks() const { return (tiles + chunk_tiles - 1) / chunk_tiles; }
   int64_t units() const { return pairs * pieces * chunks(); }
   Unit unit(int64_t i) const {

@@ -47,6 +47,40 @@ inline Strided strided(const Tensor& tensor) {
           tensor.stride(2),          tensor.stride(3), tensor.stride(4)};
 }
 
+// Source and target of grad_weight are x and grad.
+inline PassTensors pass_tensors(const Conv3dShape& shape, Pass pass, const Tensor& source,
+                                const Tensor& target) {
+  const bool backwards = pass == Pass::grad_input;
+  const int64_t channels = target.size(1);
+  return {strided(source),
+          strided(target),
+          nullptr,
+          nullptr,
+          nullptr,
+          shape.batch * channels,
+          channels,
+          backwards ? 1 : shape.multiplier,
+          backwards ? shape.multiplier : 1};
+}
+
+inline double ratio(int64_t a, int64_t b) {
+  return static_cast<double>(a) / static_cast<double>(b);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t round_up(int64_t cells, int64_t lanes) { return ceil_div(cells, lanes) * lanes; }
+
+// An odd number of cache lines: rows above each other do not compete for the same few of them.
+inline int64_t odd_lines(int64_t cells, int64_t lanes) {
+  const int64_t size = round_up(cells, lanes);
+  return size / lanes % 2 ? size : size + lanes;
+}
+
+inline int64_t target_size(const Axis& axis, bool backwards) {
+  return backwards ? axis.in : axis.out;
+}
+
 inline Conv3dShape make_shape(int64_t batch, int64_t channels, int64_t multiplier,
                               const int64_t* in, const int64_t* kernel,
                               const std::vector<int64_t>& stride,

@@ -45,12 +45,6 @@ RowsAxes axes_of(RowsForm form, const Axis* axis, const Strided& x, const Stride
   return {kNoAxis, axis[0], axis[1], axis[2], {0, x.d, x.h}, {0, y.d, y.h}};
 }
 
-int64_t target_size(const Axis& axis, bool backwards) { return backwards ? axis.in : axis.out; }
-
-double ratio(int64_t a, int64_t b) { return static_cast<double>(a) / static_cast<double>(b); }
-
-int64_t round_up(int64_t cells, int64_t lanes) { return (cells + lanes - 1) / lanes * lanes; }
-
 // How the lines of a row are summed: one by one, or all at a time with the margins between them.
 // Whatever wastes fewer lanes; sums of one line must be able to be the target itself.
 struct RowLanes {
@@ -146,12 +140,6 @@ std::vector<LineRun> line_runs(const Window& line, int mode) {
   return runs;
 }
 
-// An odd number of cache lines: rows above each other do not compete for the same few of them.
-int64_t odd_lines(int64_t cells, int64_t lanes) {
-  const int64_t size = round_up(cells, lanes);
-  return size / lanes % 2 ? size : size + lanes;
-}
-
 // Taps of a destination, on average, dead ones too.
 double all_taps(const Axis& axis, bool backwards) {
   return ratio(axis.kernel, backwards ? axis.stride : 1);
@@ -215,20 +203,13 @@ RowsPass plan_pass(RowsForm form, const Conv3dShape& shape, Pass pass, const Ten
   RowsPass result;
   RowsArgs& a = result.args;
   RowsTables& tables = result.tables;
-  a.source = strided(source);
-  a.target = strided(target);
+  static_cast<PassTensors&>(a) = pass_tensors(shape, pass, source, target);
   const RowsAxes axes = axes_of(form, shape.axis, a.source, a.target);
   tables.planes = plane_links(axes.plane, shape.mode, backwards, shape.multiplier);
   tables.rows = row_of(axes.row, shape.mode, backwards);
   tables.row_source = staged_sources(tables.rows);
   a.source_step = axes.source;
   a.target_step = axes.target;
-  a.weight = a.bias = nullptr;
-  a.partial = nullptr;
-  a.channels = target.size(1);
-  a.pairs = shape.batch * a.channels;
-  a.divide = backwards ? 1 : shape.multiplier;
-  a.gather = backwards ? shape.multiplier : 1;
   a.source_planes = backwards ? axes.plane.out : axes.plane.in;
   a.planes = target_size(axes.plane, backwards);
   a.rows = tables.rows.size;

@@ -7,8 +7,6 @@
 
 namespace voxconv {
 
-enum class Pass { forward, grad_input, grad_weight };
-
 // What a row is: a line of w, or a plane of such lines. None: lanes over channels suit better.
 enum class RowsForm { none, lines, planes };
 

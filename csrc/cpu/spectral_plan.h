@@ -12,8 +12,6 @@
 
 namespace voxconv {
 
-enum class Pass { forward, grad_input, grad_weight };
-
 // Elements begin .. begin + size of an axis of a tensor are moved; `count` of them, from `first` of
 // these on, have a place: the i-th at offset + i * step.
 struct Window {

@@ -224,6 +224,16 @@ def span(kernel: Triple, dilation: Triple) -> Triple:
     return (ld * (kd - 1) + 1, lh * (kh - 1) + 1, lw * (kw - 1) + 1)
 
 
+def check_output_padding(output_padding: Triple, stride: Triple, dilation: Triple) -> None:
+    """ValueError unless it is, on each axis, from 0 to below the stride or the dilation."""
+    for extra, s, dil in zip(output_padding, stride, dilation, strict=True):
+        if extra < 0 or (extra >= s and extra >= dil):
+            raise ValueError(
+                "output_padding must not be negative and be smaller than stride or dilation, got "
+                f"output_padding {output_padding}, stride {stride}, dilation {dilation}"
+            )
+
+
 def resolve_transposed(
     size: Triple,
     kernel: Triple,
@@ -245,15 +255,11 @@ def resolve_transposed(
     if isinstance(padding, str):
         raise ValueError(f"padding {padding!r} has no meaning for a transposed convolution")
     _check_padding(padding)
+    check_output_padding(output_padding, stride, dilation)
     out: list[int] = []
-    for n, width, s, dil, (before, after), extra in zip(
-        size, span(kernel, dilation), stride, dilation, pairs(padding), output_padding, strict=True
+    for n, width, s, (before, after), extra in zip(
+        size, span(kernel, dilation), stride, pairs(padding), output_padding, strict=True
     ):
-        if extra < 0 or (extra >= s and extra >= dil):
-            raise ValueError(
-                "output_padding must not be negative and be smaller than stride or dilation, got "
-                f"output_padding {output_padding}, stride {stride}, dilation {dilation}"
-            )
         if n < 1:
             raise ValueError(f"input has an empty axis: spatial size {tuple(size)}")
         out.append((n - 1) * s - before - after + width + extra)

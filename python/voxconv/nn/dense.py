@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._geometry import IntOrTriple, PaddingLike, Triple, integer, paddings, pairs, triple
+from .._geometry import (
+    IntOrTriple,
+    PaddingLike,
+    Triple,
+    check_output_padding,
+    integer,
+    paddings,
+    pairs,
+    triple,
+)
 
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 Device: TypeAlias = "torch.device | str | int | None"
@@ -171,11 +180,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
         known = isinstance(stored[0], int)
         stride, dilation = _positive(stride, "stride"), _positive(dilation, "dilation")
         extra = triple(output_padding, "output_padding")
-        if any(not 0 <= n < max(s, d) for n, s, d in zip(extra, stride, dilation, strict=True)):
-            raise ValueError(
-                "output_padding must not be negative and be smaller than stride or dilation, got "
-                f"output_padding {extra}, stride {stride}, dilation {dilation}"
-            )
+        check_output_padding(extra, stride, dilation)
         super().__init__(
             in_channels,
             out_channels,
