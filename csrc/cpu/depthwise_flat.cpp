@@ -162,7 +162,15 @@ void list_phases(FlatTables& tables, const Axis& h, const Axis& w, bool backward
       tables.tap_phase.push_back(at - tables.phases.begin());
       if (at == tables.phases.end())
         tables.phases.push_back(
-            {row, column, ceil_div(h.in - row, h.stride), ceil_div(w.in - column, w.stride)});
+            {row, column, ceil_div(h.in - row, h.stride), ceil_div(w.in - column, w.stride), -1, false});
+    }
+  if (w.stride != 2) return;
+  for (FlatPhase& even : tables.phases)
+    for (size_t i = 0; i < tables.phases.size(); ++i) {
+      FlatPhase& odd = tables.phases[i];
+      if (even.column == 1 || odd.column == 0 || odd.row != even.row) continue;
+      even.partner = static_cast<int64_t>(i);
+      odd.along = true;
     }
 }
 

@@ -21,9 +21,11 @@ struct FlatRun {
 };
 
 // Of every stride-th line of a plane, from line `row` on (`rows` of them), every stride-th cell
-// from `column` on (`columns` of them).
+// from `column` on (`columns` of them). Of two phases of the same lines whose cells alternate, one
+// is copied along with the other: `partner` of the other, -1 if there is none.
 struct FlatPhase {
-  int64_t row, column, rows, columns;
+  int64_t row, column, rows, columns, partner;
+  bool along;
 };
 
 // The same as CorrelateArgs for planes that lie in memory without gaps. Tap t of a plane reads cell

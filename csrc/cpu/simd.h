@@ -323,6 +323,33 @@ void copy_every(A* to, const B* from, int64_t step, int64_t count) {
   }
 }
 
+// Copies elements 0, 2, 4, ... to `even` and 1, 3, 5, ... to `odd`; there are as many, or one more
+// of the even ones.
+template <class T, class B>
+void deal_pairs(T* even, T* odd, const B* from, int64_t evens, int64_t odds) {
+  constexpr int64_t L = kLanes<T>;
+  typename IndexOf<T>::type low{}, high{};
+  unroll<L>([&](auto l) VOXCONV_INLINE_LAMBDA {
+    low[decltype(l)::value] = 2 * decltype(l)::value;
+    high[decltype(l)::value] = 2 * decltype(l)::value + 1;
+  });
+  for (int64_t i = 0; odds >= L;) {  // the last vectors may overlap those before
+    const Vec<T> a = load(from + 2 * i), b = load(from + 2 * i + L);
+    store(even + i, __builtin_shuffle(a, b, low));
+    store(odd + i, __builtin_shuffle(a, b, high));
+    if (i == odds - L) break;
+    i = i + 2 * L <= odds ? i + L : odds - L;
+  }
+  if (odds < L) {
+    const int64_t all = evens + odds;
+    const Vec<T> a = all < L ? load_few<T>(from, all) : load(from);
+    const Vec<T> b = all > L ? load_few<T>(from + L, all - L) : Vec<T>{};
+    store_few<T>(odd, __builtin_shuffle(a, b, high), odds);
+    if (evens <= L) return store_few<T>(even, __builtin_shuffle(a, b, low), evens);
+  }
+  if (evens > odds) even[odds] = widen(from[2 * odds]);
+}
+
 template <class U>
 void clear(U* cells, int64_t count) {
   for (int64_t i = 0; i < count; ++i) cells[i] = U{};
