@@ -19,6 +19,7 @@ import _path  # noqa: F401
 import testing
 from cases import CHANNELS_LAST, NCDHW, Case, Tensors
 from timing import Call
+from voxconv import autograd, functional
 
 Conv = Callable[[Case, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
@@ -43,23 +44,56 @@ def _anything(case: Case, dtype: torch.dtype, device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One column of the table; ``aten`` times its gradients without the autograd engine."""
+    """One column of the table; ``gradient`` gives its gradients without the autograd engine."""
 
     name: str
     title: str
     conv: Conv
     layout: str | None = None
-    aten: bool = False
+    gradient: Callable[[Case, Tensors, str], Call] | None = None
     refuses: Callable[[Case, torch.dtype, str], str | None] = _anything
 
 
-OURS = Contestant("ours", "voxconv", testing.ours)
+def _torch_gradient(case: Case, t: Tensors, mode: str) -> Call:
+    args = (
+        t.grad,
+        t.x,
+        t.weight,
+        None,
+        case.stride,
+        [a for a, _ in case.pads],
+        case.dilation,
+        case.transposed,
+        case.output_padding,
+        case.channels,
+        [mode == "grad_input", mode == "grad_weight", False],
+    )
+    return lambda: torch.ops.aten.convolution_backward(*args)
+
+
+def _our_gradient(case: Case, t: Tensors, mode: str) -> Call:
+    like = functional._settle(
+        False, t.x, t.weight, None, case.stride, case.pads, case.dilation, None, case.mode, 0
+    )
+    geometry, plan = like.geometry, like.plan
+    if mode == "grad_weight":
+        return lambda: autograd.depthwise_grad_weight(t.grad, t.x, geometry, plan)
+    weight = t.weight.view(case.channels, -1, *case.kernel)
+    size = t.x.shape[2:]
+    return lambda: autograd.depthwise_grad_input(t.grad, weight, size, geometry, plan, None)
+
+
+OURS = Contestant("ours", "voxconv", testing.ours, gradient=_our_gradient)
 RIVALS = {
     rival.name: rival
     for rival in (
-        Contestant("conv3d", "F.conv3d NCDHW", testing.by_torch, NCDHW, aten=True),
+        Contestant("conv3d", "F.conv3d NCDHW", testing.by_torch, NCDHW, _torch_gradient),
         Contestant(
-            "conv3d_cl", "F.conv3d channels_last_3d", testing.by_torch, CHANNELS_LAST, aten=True
+            "conv3d_cl",
+            "F.conv3d channels_last_3d",
+            testing.by_torch,
+            CHANNELS_LAST,
+            _torch_gradient,
         ),
     )
 }
@@ -95,8 +129,8 @@ def make_call(who: Contestant, problem: Problem, mode: str, layout: str) -> Call
     t = problem.tensors(who.layout or layout)
     if mode == "fwd":
         return lambda: who.conv(case, t.x, t.weight, t.bias)
-    if mode in ("grad_input", "grad_weight") and who.aten and _plain(case):
-        return _aten_gradient(case, t, mode)
+    if mode in ("grad_input", "grad_weight") and who.gradient and _plain(case):
+        return who.gradient(case, t, mode)
     x, weight, bias = (v.detach() for v in t[:3])
     wanted = {"grad_input": (x,), "grad_weight": (weight,)}.get(mode, (x, weight, bias))
     for tensor in wanted:
@@ -115,23 +149,6 @@ def make_call(who: Contestant, problem: Problem, mode: str, layout: str) -> Call
 def _plain(case: Case) -> bool:
     """Whether torch runs the row as one convolution, without padding a copy first."""
     return case.mode == "zeros" and all(a == b for a, b in case.pads)
-
-
-def _aten_gradient(case: Case, t: Tensors, mode: str) -> Call:
-    args = (
-        t.grad,
-        t.x,
-        t.weight,
-        None,
-        case.stride,
-        [a for a, _ in case.pads],
-        case.dilation,
-        case.transposed,
-        case.output_padding,
-        case.channels,
-        [mode == "grad_input", mode == "grad_weight", False],
-    )
-    return lambda: torch.ops.aten.convolution_backward(*args)
 
 
 def results(mode: str, value: Any) -> dict[str, torch.Tensor]:

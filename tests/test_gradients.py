@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+import voxconv
 from cases import CHANNELS_LAST, LAYOUTS, Case, scaled_down, select
 from testing import DTYPES, PATHS, assert_case, by_torch, dtype_id, on, ops_called, ours, reference
 
@@ -199,3 +201,34 @@ def test_gradients_accumulate_over_reuse() -> None:
         got = twice(ours)
     for mine, theirs in zip(got, twice(reference), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def _plain_call(x: torch.Tensor) -> torch.Tensor:
+    weight = torch.linspace(-1, 1, x.shape[-4] * 27).view(-1, 1, 3, 3, 3)
+    return voxconv.depthwise_conv3d(x, weight, padding=1)
+
+
+def test_nothing_is_recorded_where_no_gradient_is_wanted() -> None:
+    x = torch.randn(2, 3, 4, 5, 6)
+    assert _plain_call(x).grad_fn is None
+    x.requires_grad_()
+    assert _plain_call(x).grad_fn is not None
+    with torch.no_grad():
+        assert _plain_call(x).grad_fn is None
+
+
+def test_forward_mode_is_refused_and_not_ignored() -> None:
+    x = torch.randn(2, 3, 4, 5, 6)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        _plain_call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_of_the_forward_pass_is_a_loop() -> None:
+    x = torch.randn(3, 2, 4, 5, 6, 7)
+    torch.testing.assert_close(
+        torch.func.vmap(_plain_call)(x),
+        torch.stack([_plain_call(item) for item in x]),
+        atol=0,
+        rtol=0,
+    )

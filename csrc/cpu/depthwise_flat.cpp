@@ -20,8 +20,8 @@ constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 constexpr int64_t kChain = 1024;
 // What a vector of destinations and a tile of them cost besides their taps, in taps: measured.
 constexpr double kMoveCost = 20, kTileCost = 30;
-// Vectors of a tile, at most.
-constexpr int64_t kTileVectors = 4;
+// Vectors of a tile, at most, and from the farthest one that it reads to those it asks for.
+constexpr int64_t kTileVectors = 4, kAheadVectors = 2;
 // Planes this far apart compete for the same lines of the first cache, which holds that many bytes
 // and that many lines of them.
 constexpr int64_t kWayBytes = 4096, kCacheBytes = 24 << 10, kWays = 8;
@@ -161,8 +161,8 @@ void list_phases(FlatTables& tables, const Axis& h, const Axis& w, bool backward
       const auto at = std::find_if(tables.phases.begin(), tables.phases.end(), same);
       tables.tap_phase.push_back(at - tables.phases.begin());
       if (at == tables.phases.end())
-        tables.phases.push_back(
-            {row, column, ceil_div(h.in - row, h.stride), ceil_div(w.in - column, w.stride), -1, false});
+        tables.phases.push_back({row, column, ceil_div(h.in - row, h.stride),
+                                 ceil_div(w.in - column, w.stride), -1, false});
     }
   if (w.stride != 2) return;
   for (FlatPhase& even : tables.phases)
@@ -176,6 +176,10 @@ void list_phases(FlatTables& tables, const Axis& h, const Axis& w, bool backward
 
 bool keeps_size(const Axis& axis) { return axis.stride == 1 && axis.in == axis.out; }
 
+bool planes_compete(const FlatArgs& a, int64_t item_bytes) {
+  return a.source.d * item_bytes % kWayBytes == 0;
+}
+
 // The tiles of destination planes, and what they read.
 void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass, int64_t item_bytes) {
   const RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
@@ -183,7 +187,7 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass, int
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  const bool competing = a.source.d * item_bytes % kWayBytes == 0;
+  const bool competing = planes_compete(a, item_bytes);
   a.apart = competing && longest + 3 >= kWays;
   a.tile_rows = pass == Pass::grad_weight || most_rows <= 4 || (competing && !a.apart) ? 4 : 8;
   a.most_planes = a.tile_rows + longest - 1;
@@ -218,6 +222,9 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
     a.before = std::max(a.before, -offset);
     a.after = std::max(a.after, offset);
   }
+  a.ahead = a.dealt || planes_compete(a, kernels.item_bytes)
+                ? 0
+                : a.after + kAheadVectors * kernels.lanes;
 }
 
 FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,

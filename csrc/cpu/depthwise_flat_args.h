@@ -44,6 +44,7 @@ struct FlatArgs : PassTensors {
   const int64_t* offsets;
   const uint16_t* masks;
   int64_t before, after;  // farthest offsets
+  int64_t ahead;          // from a cell in place to what is asked for while it is summed; or 0
   const FlatPhase* phases;
   int64_t phase_count, row_stride, column_stride;
   bool dealt;                     // planes are copied by phases

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import _ops  # noqa: F401  (defines the ops)
 from ._geometry import Geometry, Triple
@@ -164,7 +164,38 @@ def _split(weight: Tensor, channels: int) -> Tensor:
     return weight.reshape(channels, -1, *weight.shape[2:])
 
 
-depthwise_forward: _Op = DepthwiseForward.apply
-depthwise_grad_input: _Op = DepthwiseGradInput.apply
-depthwise_grad_weight: _Op = DepthwiseGradWeight.apply
-channel_sum: _Op = ChannelSum.apply
+class _Untracked:
+    """The context of a call that nobody will differentiate."""
+
+    needs_input_grad = (False,) * 6
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def _tracked(function: type[Function]) -> _Op:
+    """`function.apply`, or its forward alone where nobody will ask for a derivative: the records of
+    autograd take longer than a small layer."""
+
+    def call(*args: Any) -> Tensor:
+        if _watched(args):
+            return function.apply(*args)  # type: ignore[no-any-return]
+        return function.forward(_Untracked(), *args)  # type: ignore[no-any-return]
+
+    return call
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
+
+
+depthwise_forward = _tracked(DepthwiseForward)
+depthwise_grad_input = _tracked(DepthwiseGradInput)
+depthwise_grad_weight = _tracked(DepthwiseGradWeight)
+channel_sum = _tracked(ChannelSum)
