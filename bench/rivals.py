@@ -63,8 +63,8 @@ def _torch_gradient(case: Case, t: Tensors, mode: str) -> Call:
         case.stride,
         [a for a, _ in case.pads],
         case.dilation,
-        case.transposed,
-        case.output_padding,
+        False,
+        (0, 0, 0),
         case.channels,
         [mode == "grad_input", mode == "grad_weight", False],
     )
@@ -147,8 +147,8 @@ def make_call(who: Contestant, problem: Problem, mode: str, layout: str) -> Call
 
 
 def _plain(case: Case) -> bool:
-    """Whether torch runs the row as one convolution, without padding a copy first."""
-    return case.mode == "zeros" and all(a == b for a, b in case.pads)
+    """Whether torch runs the row as one convolution, not transposed and without padding a copy."""
+    return not case.transposed and case.mode == "zeros" and all(a == b for a, b in case.pads)
 
 
 def results(mode: str, value: Any) -> dict[str, torch.Tensor]:
