@@ -261,6 +261,8 @@ ODD = _tagged(
         _dw("dw5_deep", 5, 2, (24, 5, 8)),
         _dw("dw7_eight_planes", 7, 2, (8, 5, 9)),
         _dw("dw3_stride2_wide", 3, 2, (4, 5, 67), stride=2),
+        _dw("dw3_stride2_pieces", 3, 2, (3, 50, 100), stride=2),
+        _dw("dw5_stride2_deep", 5, 2, (50, 4, 9), stride=2),
         _dw("dw4_deep_stride", 4, 2, (37, 5, 18), stride=(3, 1, 1), dilation=(2, 1, 1)),
         _dw("dw7_wide", 7, 1, (5, 4, 97)),
         _dw("dw3_c17", 3, 17, (5, 4, 7), n=2),

@@ -32,8 +32,8 @@ struct FlatTables {
   std::vector<FlatRun> runs;
   std::vector<int64_t> offsets;
   std::vector<uint16_t> masks;
-  std::vector<FlatPhase> phases;
-  std::vector<int64_t> tap_phase;
+  std::vector<int64_t> half_from, half_to;
+  std::vector<FlatStep> steps;
 };
 
 struct FlatPass {
@@ -76,14 +76,6 @@ int64_t origin(const Axis& axis, int64_t k, bool backwards) {
   return backwards ? -forward : forward;
 }
 
-// Which phase tap k reads, and how many cells of it further on.
-int64_t shift(const Axis& axis, int64_t k, bool backwards) {
-  return floor_div(origin(axis, k, backwards), axis.stride);
-}
-int64_t phase(const Axis& axis, int64_t k, bool backwards) {
-  return origin(axis, k, backwards) - shift(axis, k, backwards) * axis.stride;
-}
-
 // Destinations [begin, end) for which tap k reads a cell.
 std::pair<int64_t, int64_t> live_range(const Axis& axis, int64_t k, bool backwards) {
   const int64_t first = origin(axis, k, backwards), size = target_size(axis, backwards);
@@ -93,30 +85,29 @@ std::pair<int64_t, int64_t> live_range(const Axis& axis, int64_t k, bool backwar
 }
 
 // Lanes of vectors of a plane for which a tap meets a cell of it: bits of [vector][tap].
-std::vector<uint16_t> lane_masks(const Axis& h, const Axis& w, bool backwards, int64_t lanes,
-                                 int64_t vectors) {
-  const int64_t taps = h.kernel * w.kernel, width = w.out, lines = h.out;
-  std::vector<uint16_t> masks((vectors + kTileVectors) * taps, 0);
-  std::vector<std::pair<int64_t, int64_t>> rows, columns;
-  for (int64_t k = 0; k < h.kernel; ++k) rows.push_back(live_range(h, k, backwards));
-  for (int64_t k = 0; k < w.kernel; ++k) columns.push_back(live_range(w, k, backwards));
-  for (int64_t v = 0; v < vectors; ++v)
-    for (int64_t lane = 0; lane < lanes;) {  // the lanes of a line, line by line
-      const int64_t line = (v * lanes + lane) / width, column = (v * lanes + lane) % width;
-      const int64_t count = std::min(lanes - lane, width - column);
-      if (line >= lines) break;
-      for (int64_t kw = 0; kw < w.kernel; ++kw) {
-        const int64_t begin = std::clamp<int64_t>(columns[kw].first - column, 0, count);
-        const int64_t end = std::clamp<int64_t>(columns[kw].second - column, begin, count);
-        const auto bits = static_cast<uint16_t>(((1 << end) - (1 << begin)) << lane);
-        for (int64_t kh = 0; kh < h.kernel; ++kh)
-          if (line >= rows[kh].first && line < rows[kh].second)
-            masks[v * taps + kh * w.kernel + kw] |= bits;
-      }
-      lane += count;
+struct LaneMasks {
+  std::vector<std::pair<int64_t, int64_t>> lines, columns;  // that the taps of h and w read for
+  std::vector<uint16_t> bits;
+
+  LaneMasks(const Axis& h, const Axis& w, bool backwards, int64_t vectors)
+      : bits(vectors * h.kernel * w.kernel, 0) {
+    for (int64_t k = 0; k < h.kernel; ++k) lines.push_back(live_range(h, k, backwards));
+    for (int64_t k = 0; k < w.kernel; ++k) columns.push_back(live_range(w, k, backwards));
+  }
+
+  // Lanes [lane, lane + count) of vector v are cells from `column` on of a line.
+  void add(int64_t v, int64_t lane, int64_t line, int64_t column, int64_t count) {
+    uint16_t* vector = bits.data() + v * static_cast<int64_t>(lines.size() * columns.size());
+    for (size_t kw = 0; kw < columns.size(); ++kw) {
+      const int64_t begin = std::clamp<int64_t>(columns[kw].first - column, 0, count);
+      const int64_t end = std::clamp<int64_t>(columns[kw].second - column, begin, count);
+      const auto live = static_cast<uint16_t>(((1 << end) - (1 << begin)) << lane);
+      for (size_t kh = 0; kh < lines.size(); ++kh)
+        if (line >= lines[kh].first && line < lines[kh].second)
+          vector[kh * columns.size() + kw] |= live;
     }
-  return masks;
-}
+  }
+};
 
 // Cells of a line that are visited before the next line, so that what a tile reads of it is still
 // in the first cache for the taps of the lines that follow.
@@ -128,13 +119,16 @@ int64_t strip_of(int64_t planes, int64_t lines, int64_t line, const FlatKernels&
 
 // Cuts planes into pieces and their rows into units.
 void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
-  const int64_t reach = a.before + a.after;
+  const int64_t reach = a.before + a.after, vectors = round_up(a.vectors, kTileVectors);
   const auto cut = [&](int64_t pieces) {
     a.piece_vectors = round_up(ceil_div(a.vectors, pieces), kTileVectors);
     a.pieces = ceil_div(a.vectors, a.piece_vectors);
-    const int64_t cells = a.piece_vectors * kernels.lanes + reach + (a.dealt ? 2 * a.line : 0);
-    a.phase_step = odd_lines(cells, kernels.lanes);
-    a.copy_step = (a.phase_count | 1) * a.phase_step;
+    int64_t most = 0;
+    for (int64_t begin = 0; begin < a.vectors; begin += a.piece_vectors) {
+      const int64_t end = std::min(begin + a.piece_vectors, vectors);
+      most = std::max(most, a.last_cell(end, kernels.lanes) - a.first_cell(begin, kernels.lanes));
+    }
+    a.copy_step = odd_lines(most, kernels.lanes);
   };
   int64_t pieces = 1;
   cut(pieces);
@@ -151,45 +145,39 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
                             std::max<int64_t>(1, a.tiles * a.pairs * a.pieces / kUnits));
 }
 
-// Offsets of the taps of a plane, and the phases they are in.
-void list_phases(FlatTables& tables, const Axis& h, const Axis& w, bool backwards) {
-  for (int64_t kh = 0; kh < h.kernel; ++kh)
-    for (int64_t kw = 0; kw < w.kernel; ++kw) {
-      tables.offsets.push_back(shift(h, kh, backwards) * w.out + shift(w, kw, backwards));
-      const int64_t row = phase(h, kh, backwards), column = phase(w, kw, backwards);
-      const auto same = [&](const FlatPhase& p) { return p.row == row && p.column == column; };
-      const auto at = std::find_if(tables.phases.begin(), tables.phases.end(), same);
-      tables.tap_phase.push_back(at - tables.phases.begin());
-      if (at == tables.phases.end())
-        tables.phases.push_back({row, column, ceil_div(h.in - row, h.stride),
-                                 ceil_div(w.in - column, w.stride), -1, false});
-    }
-  if (w.stride != 2) return;
-  for (FlatPhase& even : tables.phases)
-    for (size_t i = 0; i < tables.phases.size(); ++i) {
-      FlatPhase& odd = tables.phases[i];
-      if (even.column == 1 || odd.column == 0 || odd.row != even.row) continue;
-      even.partner = static_cast<int64_t>(i);
-      odd.along = true;
-    }
+// Neighbours in the destination are neighbours in the source.
+bool keeps_size(const Axis& h, const Axis& w) {
+  return h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out;
 }
 
-bool keeps_size(const Axis& axis) { return axis.stride == 1 && axis.in == axis.out; }
+// Destinations that a half of a vector has.
+int64_t half_of(const Axis& w, int64_t lanes) { return std::min(lanes / 2, w.out); }
+
+// Vectors of a plane.
+int64_t flat_vectors(const Axis& h, const Axis& w, int64_t lanes) {
+  if (keeps_size(h, w)) return ceil_div(h.out * w.out, lanes);
+  return ceil_div(h.out * ceil_div(w.out, half_of(w, lanes)), 2);
+}
 
 bool planes_compete(const FlatArgs& a, int64_t item_bytes) {
   return a.source.d * item_bytes % kWayBytes == 0;
 }
 
 // The tiles of destination planes, and what they read.
-void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass, int64_t item_bytes) {
+void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
+                  const FlatKernels& kernels) {
   const RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
   int64_t longest = 1, most_rows = 1;
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  const bool competing = planes_compete(a, item_bytes);
+  const bool competing = planes_compete(a, kernels.item_bytes);
   a.apart = competing && longest + 3 >= kWays;
-  a.tile_rows = pass == Pass::grad_weight || most_rows <= 4 || (competing && !a.apart) ? 4 : 8;
+  a.tile_rows = 4;
+  if (a.half && pass == Pass::grad_weight && longest > 2 && longest <= kernels.step_tall_run)
+    a.tile_rows = kernels.step_tall;
+  else if (!a.half && pass != Pass::grad_weight && most_rows > 4 && (!competing || a.apart))
+    a.tile_rows = 8;
   a.most_planes = a.tile_rows + longest - 1;
   list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
   a.rows = tables.rows.data();
@@ -200,37 +188,77 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass, int
     a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
 }
 
-// The cells of a plane, and what its taps read.
-void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, bool backwards,
-                 const FlatKernels& kernels) {
-  a.cells = h.out * w.out;
-  a.vectors = ceil_div(a.cells, kernels.lanes);
-  a.taps = h.kernel * w.kernel;
-  a.row_stride = h.stride;
-  a.column_stride = w.stride;
-  a.dealt = !keeps_size(h) || !keeps_size(w);
-  a.line = w.out;
-  a.strip = strip_of(a.most_planes, h.kernel, w.out, kernels);
-  if (a.strip == a.line && !a.dealt) a.line = a.strip = a.cells;
-  tables.masks = lane_masks(h, w, backwards, kernels.lanes, a.vectors);
-  a.masks = tables.masks.data();
-  list_phases(tables, h, w, backwards);
-  a.phases = tables.phases.data();
-  a.phase_count = static_cast<int64_t>(tables.phases.size());
-  a.before = a.after = 0;
-  for (int64_t offset : tables.offsets) {
-    a.before = std::max(a.before, -offset);
-    a.after = std::max(a.after, offset);
+// Lanes are the cells of a plane, one after the other.
+void place_lanes(FlatArgs& a, LaneMasks& masks, const Axis& w, int64_t lanes, int64_t strip) {
+  for (int64_t cell = 0; cell < a.cells;) {
+    const int64_t lane = cell % lanes, count = std::min(lanes - lane, w.out - cell % w.out);
+    masks.add(cell / lanes, lane, cell / w.out, cell % w.out, std::min(count, a.cells - cell));
+    cell += count;
   }
-  a.ahead = a.dealt || planes_compete(a, kernels.item_bytes)
-                ? 0
-                : a.after + kAheadVectors * kernels.lanes;
+  a.strip = strip;
+  a.line = strip == w.out ? a.cells : w.out;
+  if (strip == w.out) a.strip = a.cells;
+}
+
+// Halves of vectors are those of the lines; the last one of a line ends with it, the last vector
+// has the last half twice. For grad_weight no cell counts twice.
+void place_halves(FlatArgs& a, FlatTables& tables, LaneMasks& masks, const Axis& h, const Axis& w,
+                  int64_t lanes, Pass pass) {
+  const int64_t per_line = ceil_div(w.out, a.half);
+  const int64_t halves = 2 * round_up(a.vectors, kTileVectors);
+  tables.half_from.resize(halves);
+  tables.half_to.resize(halves);
+  a.half_from = tables.half_from.data();
+  a.half_to = tables.half_to.data();
+  for (int64_t i = 0; i < halves; ++i) {
+    const int64_t half = std::min(i, h.out * per_line - 1), line = half / per_line;
+    const int64_t column = std::min(half % per_line * a.half, w.out - a.half);
+    tables.half_to[i] = line * w.out + column;
+    tables.half_from[i] = line * h.stride * w.in + column * w.stride;
+    const int64_t again = pass == Pass::grad_weight ? a.half_again(i) : 0;
+    masks.add(i / 2, i % 2 * lanes / 2 + again, line, column + again, a.half - again);
+  }
+  a.line = a.strip = a.vectors * lanes;
+}
+
+// The taps of a plane: where they read, and, if vectors are made of halves, which read together.
+void place_taps(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, bool backwards) {
+  a.taps = h.kernel * w.kernel;
+  const bool both = a.half && w.dilation == 1;
+  for (int64_t kh = 0; kh < h.kernel; ++kh)
+    for (int64_t kw = 0; kw < w.kernel; ++kw) {
+      tables.offsets.push_back(origin(h, kh, backwards) * w.in + origin(w, kw, backwards));
+      if (!both || kw % 2 == 0)
+        tables.steps.push_back(
+            {tables.offsets.back(), kh * w.kernel + kw, both && kw + 1 < w.kernel});
+    }
+  a.offsets = tables.offsets.data();
+  a.steps = tables.steps.data();
+  a.step_count = static_cast<int64_t>(tables.steps.size());
+  a.before = std::max<int64_t>(0, -*std::min_element(tables.offsets.begin(), tables.offsets.end()));
+  a.after = std::max<int64_t>(0, *std::max_element(tables.offsets.begin(), tables.offsets.end()));
+}
+
+// The cells of a plane, and what its taps read.
+void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, Pass pass,
+                 const FlatKernels& kernels) {
+  const bool backwards = pass == Pass::grad_input;
+  a.cells = h.in * w.in;
+  a.vectors = flat_vectors(h, w, kernels.lanes);
+  place_taps(a, tables, h, w, backwards);
+  LaneMasks masks(h, w, backwards, round_up(a.vectors, kTileVectors) + kTileVectors);
+  if (a.half)
+    place_halves(a, tables, masks, h, w, kernels.lanes, pass);
+  else
+    place_lanes(a, masks, w, kernels.lanes, strip_of(a.most_planes, h.kernel, w.out, kernels));
+  tables.masks = std::move(masks.bits);
+  a.masks = tables.masks.data();
+  a.ahead = planes_compete(a, kernels.item_bytes) ? 0 : a.after + kAheadVectors * kernels.lanes;
 }
 
 FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
                    const FlatKernels& kernels) {
-  const bool backwards = pass == Pass::grad_input;
-  FlatPass result;
+  FlatPass result{};
   FlatArgs& a = result.args;
   FlatTables& tables = result.tables;
   static_cast<PassTensors&>(a) = pass_tensors(shape, pass, source, target);
@@ -240,20 +268,20 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.source_end = static_cast<const char*>(source.data_ptr()) +
                  items * static_cast<int64_t>(source.element_size());
   a.plane_taps = shape.axis[0].kernel;
-  place_planes(a, tables, shape.axis[0], pass, kernels.item_bytes);
-  place_cells(a, tables, shape.axis[1], shape.axis[2], backwards, kernels);
+  const Axis &h = shape.axis[1], &w = shape.axis[2];
+  a.half = keeps_size(h, w) ? 0 : half_of(w, kernels.lanes);
+  place_planes(a, tables, shape.axis[0], pass, kernels);
+  place_cells(a, tables, h, w, pass, kernels);
   cut_pieces(a, kernels, pass);
-  if (a.dealt)
-    for (int64_t t = 0; t < a.taps; ++t) tables.offsets[t] += tables.tap_phase[t] * a.phase_step;
-  a.offsets = tables.offsets.data();
   return result;
 }
 
-template <class F>
-void run_units(const FlatArgs& a, const F& f) {
+void run_units(const FlatArgs& a, const FlatKernels& kernels) {
   const int64_t unit =
       a.chunk_tiles * a.tile_rows * a.piece_vectors * a.plane_taps * a.taps * a.gather;
-  parallel_for(a.units(), kGrainVectors / unit, f);
+  const size_t bytes = kernels.scratch(a);
+  parallel_for(a.units(), kGrainVectors / unit,
+               [&](int64_t begin, int64_t end) { kernels.run(a, begin, end, scratch(bytes)); });
 }
 
 // Lines of w without gaps, one after the other.
@@ -267,16 +295,14 @@ bool planes_are_lines(const Tensor& tensor) {
 bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                 const Tensor& target) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
-  const bool backwards = pass == Pass::grad_input;
-  const bool kept = keeps_size(h) && keeps_size(w);
-  const auto fits = [](const Axis& axis) { return ceil_div(axis.in, axis.stride) <= axis.out; };
-  if (shape.mode != kZeros || !(kept || (!backwards && fits(h) && fits(w))) ||
-      !planes_are_lines(target) || !(kept ? planes_are_lines(source) : source.stride(4) == 1))
+  const bool backwards = pass == Pass::grad_input, kept = keeps_size(h, w);
+  if (shape.mode != kZeros || !(kept || (!backwards && w.stride == 2)) ||
+      !planes_are_lines(target) || !planes_are_lines(source))
     return false;
-  const int64_t planes = target_size(d, backwards), cells = h.out * w.out;
-  const int64_t block = (pass == Pass::grad_weight ? kTileVectors : 1) * map.lanes;
-  const double waste = ratio(round_up(cells, block), cells);
-  const double vectors = waste * cells / map.lanes;
+  const int64_t planes = target_size(d, backwards);
+  const int64_t block = pass == Pass::grad_weight ? kTileVectors : 1;
+  const double vectors = static_cast<double>(round_up(flat_vectors(h, w, map.lanes), block));
+  const double waste = vectors * map.lanes / (h.out * w.out);
   const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
   const double cost =
       (kMoveCost + taps) * waste + kTileCost / (vectors * std::min<int64_t>(planes, 4));
@@ -290,21 +316,17 @@ void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const T
   FlatArgs& a = flat.args;
   a.weight = weight.data_ptr();
   a.bias = bias;
-  const size_t bytes = kernels.correlate_scratch(a);
-  run_units(a,
-            [&](int64_t begin, int64_t end) { kernels.correlate(a, begin, end, scratch(bytes)); });
+  run_units(a, kernels);
 }
 
 RowPartials run_flat_grad_weight(const Conv3dShape& shape, const Tensor& x, const Tensor& grad) {
-  const FlatKernels& kernels = flat_kernels(element_of(x));
+  const FlatKernels& kernels = flat_weight_kernels(element_of(x));
   FlatPass flat = plan_flat(shape, Pass::grad_weight, x, grad, kernels);
   FlatArgs& a = flat.args;
   RowPartials result{allocate(a.units() * shape.taps() * kernels.item_bytes),
                      a.pieces * a.chunks()};
   a.partial = result.memory.get();
-  const size_t bytes = kernels.grad_weight_scratch(a);
-  run_units(
-      a, [&](int64_t begin, int64_t end) { kernels.grad_weight(a, begin, end, scratch(bytes)); });
+  run_units(a, kernels);
   return result;
 }
 

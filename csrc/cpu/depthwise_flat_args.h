@@ -20,18 +20,18 @@ struct FlatRun {
   uint32_t live() const { return (1u << high) - (1u << low); }
 };
 
-// Of every stride-th line of a plane, from line `row` on (`rows` of them), every stride-th cell
-// from `column` on (`columns` of them). Of two phases of the same lines whose cells alternate, one
-// is copied along with the other: `partner` of the other, -1 if there is none.
-struct FlatPhase {
-  int64_t row, column, rows, columns, partner;
-  bool along;
+// Tap `tap` of a plane reads `offset` cells further than tap (0, 0) without padding would; with
+// `both`, the next tap reads the cell behind each of its cells.
+struct FlatStep {
+  int64_t offset, tap;
+  bool both;
 };
 
 // The same as CorrelateArgs for planes that lie in memory without gaps. Tap t of a plane reads cell
 // p + offsets[t] for cell p of the destination, in those lanes of vector v that masks[v][t] has.
-// Source planes of another size, or read with a stride, are copied as `phases`: every stride-th
-// cell of every stride-th line, laid out as a destination plane.
+// Where every second cell of a line is read, vectors are made of halves
+// (depthwise_flat_step.inc): half i, of `half` neighbours in a line of the destination, begins at
+// cell half_to[i] of it and reads from cell half_from[i] on.
 struct FlatArgs : PassTensors {
   const void *source_begin, *source_end;  // the tensor's memory
   int64_t plane_taps, taps;               // the weight's: along d, of a plane
@@ -39,19 +39,33 @@ struct FlatArgs : PassTensors {
   const FlatRun* runs;
   int64_t tiles, tile_rows;        // of rows; of one that is not cut short
   int64_t most_runs, most_planes;  // of a tile, of a run
-  int64_t cells, vectors;          // of a plane
+  int64_t cells, vectors;          // of a source plane, of a destination plane
   int64_t line, strip;             // cells of a line, and of what is visited of it at a time
   const int64_t* offsets;
   const uint16_t* masks;
   int64_t before, after;  // farthest offsets
   int64_t ahead;          // from a cell in place to what is asked for while it is summed; or 0
-  const FlatPhase* phases;
-  int64_t phase_count, row_stride, column_stride;
-  bool dealt;                     // planes are copied by phases
+  const int64_t *half_from, *half_to;
+  int64_t half;  // 0: vectors are not made of halves
+  const FlatStep* steps;
+  int64_t step_count;
   bool apart;                     // planes are copied: in place they compete for cache lines
-  int64_t phase_step, copy_step;  // of copies: from phase to phase, from plane to plane
+  int64_t copy_step;              // of copies, from plane to plane
   int64_t pieces, piece_vectors;  // a plane is cut into
   int64_t chunk_tiles;            // of a unit
+
+  // The cells that vectors [begin, end) read are [first_cell, last_cell).
+  int64_t first_cell(int64_t begin, int64_t lanes) const {
+    return (half ? half_from[2 * begin] : begin * lanes) - before;
+  }
+  int64_t last_cell(int64_t end, int64_t lanes) const {
+    return (half ? half_from[2 * end - 1] + lanes : end * lanes) + after;
+  }
+  // Lanes of a half that are those of the half before, too.
+  int64_t half_again(int64_t i) const {
+    const int64_t again = i > 0 ? half_to[i - 1] + half - half_to[i] : 0;
+    return again > 0 ? again : 0;
+  }
 
   // One unit of work is `chunk_tiles` tiles of rows of a piece of a (batch, channel) pair: tiles
   // [first, last) and vectors [begin, end).
@@ -84,13 +98,14 @@ struct FlatArgs : PassTensors {
 struct FlatKernels {
   int64_t lanes;       // neighbours in a vector
   int64_t item_bytes;  // of a sum
-  size_t (*correlate_scratch)(const FlatArgs&);
-  size_t (*grad_weight_scratch)(const FlatArgs&);
-  void (*correlate)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
-  void (*grad_weight)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
+  size_t (*scratch)(const FlatArgs&);
+  void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
+  // Planes of a tile of grad_weight with a stride, at most; runs longer than that take 4 of them.
+  int64_t step_tall, step_tall_run;
 };
 
 // The kernels for this processor.
 const FlatKernels& flat_kernels(Element element);
+const FlatKernels& flat_weight_kernels(Element element);
 
 }  // namespace voxconv

@@ -296,60 +296,6 @@ void copy_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_
   }
 }
 
-// Copies elements 0, step, 2 step, ...: `count` of them.
-template <class T, class A, class B>
-void copy_every(A* to, const B* from, int64_t step, int64_t count) {
-  constexpr int64_t L = kLanes<T>;
-  if (step == 1) return copy_lines<T>(to, 0, from, 0, 1, count);
-  if (step != 2) {
-    for (int64_t i = 0; i < count; ++i) narrow(to + i, widen(from[i * step]));
-    return;
-  }
-  // Of two vectors that share an element, so that nothing behind the last one is read.
-  typename IndexOf<T>::type even{};
-  unroll<L>([&](auto l) VOXCONV_INLINE_LAMBDA {
-    even[decltype(l)::value] = 2 * decltype(l)::value + (decltype(l)::value >= L / 2);
-  });
-  if (count < L) {
-    const int64_t all = 2 * count - 1, low = all < L ? all : L;
-    const Vec<T> a = low == L ? load(from) : load_few<T>(from, low);
-    const Vec<T> b = load_few<T>(from + L - 1, all - L + 1 > 0 ? all - L + 1 : 0);
-    return store_few<T>(to, __builtin_shuffle(a, b, even), count);
-  }
-  for (int64_t i = 0;; i += L) {
-    if (i > count - L) i = count - L;
-    store(to + i, __builtin_shuffle(load(from + 2 * i), load(from + 2 * i + L - 1), even));
-    if (i == count - L) return;
-  }
-}
-
-// Copies elements 0, 2, 4, ... to `even` and 1, 3, 5, ... to `odd`; there are as many, or one more
-// of the even ones.
-template <class T, class B>
-void deal_pairs(T* even, T* odd, const B* from, int64_t evens, int64_t odds) {
-  constexpr int64_t L = kLanes<T>;
-  typename IndexOf<T>::type low{}, high{};
-  unroll<L>([&](auto l) VOXCONV_INLINE_LAMBDA {
-    low[decltype(l)::value] = 2 * decltype(l)::value;
-    high[decltype(l)::value] = 2 * decltype(l)::value + 1;
-  });
-  for (int64_t i = 0; odds >= L;) {  // the last vectors may overlap those before
-    const Vec<T> a = load(from + 2 * i), b = load(from + 2 * i + L);
-    store(even + i, __builtin_shuffle(a, b, low));
-    store(odd + i, __builtin_shuffle(a, b, high));
-    if (i == odds - L) break;
-    i = i + 2 * L <= odds ? i + L : odds - L;
-  }
-  if (odds < L) {
-    const int64_t all = evens + odds;
-    const Vec<T> a = all < L ? load_few<T>(from, all) : load(from);
-    const Vec<T> b = all > L ? load_few<T>(from + L, all - L) : Vec<T>{};
-    store_few<T>(odd, __builtin_shuffle(a, b, high), odds);
-    if (evens <= L) return store_few<T>(even, __builtin_shuffle(a, b, low), evens);
-  }
-  if (evens > odds) even[odds] = widen(from[2 * odds]);
-}
-
 template <class U>
 void clear(U* cells, int64_t count) {
   for (int64_t i = 0; i < count; ++i) cells[i] = U{};

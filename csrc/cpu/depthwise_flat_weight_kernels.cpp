@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "depthwise_flat_args.h"
+
+#define VOXCONV_TARGET_FILE "depthwise_flat_weight_kernels.inc"
+#include "foreach_target.h"
+
+namespace voxconv {
+
+const FlatKernels& flat_weight_kernels(Element element) {
+  return *VOXCONV_OF_LEVEL(kFlatWeightTable[static_cast<int>(element)]);
+}
+
+}  // namespace voxconv
