@@ -22,6 +22,8 @@ constexpr int64_t kChain = 1024;
 constexpr double kMoveCost = 20, kTileCost = 30;
 // Vectors of a tile, at most, and from the farthest one that it reads to those it asks for.
 constexpr int64_t kTileVectors = 4, kAheadVectors = 2;
+// Runs of taps from which on grad_weight takes the most planes at a time: measured.
+constexpr int64_t kTallRun = 5, kTallStepRun = 3;
 // Planes this far apart compete for the same lines of the first cache, which holds that many bytes
 // and that many lines of them.
 constexpr int64_t kWayBytes = 4096, kCacheBytes = 24 << 10, kWays = 8;
@@ -174,10 +176,13 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   const bool competing = planes_compete(a, kernels.item_bytes);
   a.apart = competing && longest + 3 >= kWays;
   a.tile_rows = 4;
-  if (a.half && pass == Pass::grad_weight && longest > 2 && longest <= kernels.step_tall_run)
-    a.tile_rows = kernels.step_tall;
-  else if (!a.half && pass != Pass::grad_weight && most_rows > 4 && (!competing || a.apart))
+  if (pass == Pass::grad_weight) {
+    if (a.half ? longest >= kTallStepRun && longest <= kernels.step_tall_run
+               : longest >= kTallRun && (!competing || a.apart))
+      a.tile_rows = kernels.tall;
+  } else if (!a.half && most_rows > 4 && (!competing || a.apart)) {
     a.tile_rows = 8;
+  }
   a.most_planes = a.tile_rows + longest - 1;
   list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
   a.rows = tables.rows.data();

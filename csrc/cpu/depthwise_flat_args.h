@@ -100,8 +100,8 @@ struct FlatKernels {
   int64_t item_bytes;  // of a sum
   size_t (*scratch)(const FlatArgs&);
   void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
-  // Planes of a tile of grad_weight with a stride, at most; runs longer than that take 4 of them.
-  int64_t step_tall, step_tall_run;
+  // Planes of a tile of grad_weight, at most; with a stride, longer runs than that take 4 of them.
+  int64_t tall, step_tall_run;
 };
 
 // The kernels for this processor.
