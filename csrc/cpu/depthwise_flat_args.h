@@ -20,8 +20,8 @@ struct FlatRun {
   uint32_t live() const { return (1u << high) - (1u << low); }
 };
 
-// Tap `tap` of a plane reads `offset` cells further than tap (0, 0) without padding would; with
-// `both`, the next tap reads the cell behind each of its cells.
+// Tap `tap` of a plane reads `offset` cells from where a half begins; with `both`, the next tap
+// reads the cell behind each of its cells.
 struct FlatStep {
   int64_t offset, tap;
   bool both;

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "depthwise_flat_cells.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace voxconv {
+namespace {
+
+// What a tile reads of a line should stay in the first cache.
+constexpr int64_t kCacheBytes = 24 << 10;
+
+int64_t floor_div(int64_t a, int64_t b) { return a < 0 ? -ceil_div(-a, b) : a / b; }
+
+// A tap of an axis: destination i of `targets` reads cell first + i * stride of `cells`, if there
+// is one.
+struct AxisTap {
+  int64_t first, stride, cells, targets;
+
+  // Destinations [begin, end) for which there is.
+  std::pair<int64_t, int64_t> live() const {
+    const int64_t begin =
+        std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, -first), stride), 0, targets);
+    return {begin, std::clamp<int64_t>(floor_div(cells - 1 - first, stride) + 1, begin, targets)};
+  }
+};
+using AxisTaps = std::vector<AxisTap>;
+
+AxisTaps taps_of(const Axis& axis, bool backwards) {
+  AxisTaps taps;
+  for (int64_t k = 0; k < axis.kernel; ++k) {
+    const int64_t first = k * axis.dilation - axis.before;
+    taps.push_back(
+        {backwards ? -first : first, axis.stride, axis.in, target_size(axis, backwards)});
+  }
+  return taps;
+}
+
+// Lanes of vectors of a plane for which a tap meets a cell of it: bits of [vector][tap].
+struct LaneMasks {
+  std::vector<std::pair<int64_t, int64_t>> lines, columns;  // that the taps of h and w read for
+  std::vector<uint16_t> bits;
+
+  LaneMasks(const AxisTaps& h, const AxisTaps& w, int64_t vectors)
+      : bits(vectors * h.size() * w.size(), 0) {
+    for (const AxisTap& tap : h) lines.push_back(tap.live());
+    for (const AxisTap& tap : w) columns.push_back(tap.live());
+  }
+
+  // Lanes [lane, lane + count) of vector v are cells from `column` on of a line.
+  void add(int64_t v, int64_t lane, int64_t line, int64_t column, int64_t count) {
+    uint16_t* vector = bits.data() + v * static_cast<int64_t>(lines.size() * columns.size());
+    for (size_t kw = 0; kw < columns.size(); ++kw) {
+      const int64_t begin = std::clamp<int64_t>(columns[kw].first - column, 0, count);
+      const int64_t end = std::clamp<int64_t>(columns[kw].second - column, begin, count);
+      const auto live = static_cast<uint16_t>(((1 << end) - (1 << begin)) << lane);
+      for (size_t kh = 0; kh < lines.size(); ++kh)
+        if (line >= lines[kh].first && line < lines[kh].second)
+          vector[kh * columns.size() + kw] |= live;
+    }
+  }
+};
+
+// Destinations that a half of a vector has.
+int64_t half_of(const Axis& w, int64_t lanes) { return std::min(lanes / 2, w.out); }
+
+// Lanes are the cells of a plane, one after the other.
+void place_lanes(LaneMasks& masks, int64_t cells, int64_t line, int64_t lanes) {
+  for (int64_t cell = 0; cell < cells;) {
+    const int64_t lane = cell % lanes, count = std::min(lanes - lane, line - cell % line);
+    masks.add(cell / lanes, lane, cell / line, cell % line, count);
+    cell += count;
+  }
+}
+
+// Lines of a plane are visited in strips, so that what a tile reads of one is still in the first
+// cache for the taps of the lines that follow.
+void place_strips(FlatArgs& a, const Axis& h, const Axis& w, const FlatKernels& kernels) {
+  const int64_t block = kTileVectors * kernels.lanes;
+  const int64_t cells =
+      kCacheBytes / (a.most_planes * h.kernel * kernels.item_bytes) / block * block;
+  const bool whole = cells >= w.out;
+  a.line = whole ? a.vectors * kernels.lanes : w.out;
+  a.strip = whole ? a.line : std::max(cells, block);
+}
+
+// Halves of vectors are those of the lines; the last one of a line ends with it, the last vector
+// has the last half twice. For grad_weight no cell counts twice.
+void place_halves(FlatArgs& a, FlatTables& tables, LaneMasks& masks, const Axis& h, const Axis& w,
+                  int64_t lanes, Pass pass) {
+  const int64_t per_line = ceil_div(w.out, a.half);
+  const int64_t halves = 2 * round_up(a.vectors, kTileVectors);
+  tables.half_from.resize(halves);
+  tables.half_to.resize(halves);
+  a.half_from = tables.half_from.data();
+  a.half_to = tables.half_to.data();
+  for (int64_t i = 0; i < halves; ++i) {
+    const int64_t half = std::min(i, h.out * per_line - 1), line = half / per_line;
+    const int64_t column = std::min(half % per_line * a.half, w.out - a.half);
+    tables.half_to[i] = line * w.out + column;
+    tables.half_from[i] = line * h.stride * w.in + column * w.stride;
+    const int64_t again = pass == Pass::grad_weight ? a.half_again(i) : 0;
+    masks.add(i / 2, i % 2 * lanes / 2 + again, line, column + again, a.half - again);
+  }
+}
+
+// Where the taps of a plane read.
+void place_taps(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisTaps& w,
+                int64_t line) {
+  for (const AxisTap& kh : h)
+    for (const AxisTap& kw : w) tables.offsets.push_back(kh.first * line + kw.first);
+  a.taps = static_cast<int64_t>(tables.offsets.size());
+  a.offsets = tables.offsets.data();
+  const auto [low, high] = std::minmax_element(tables.offsets.begin(), tables.offsets.end());
+  a.before = std::max<int64_t>(0, -*low);
+  a.after = std::max<int64_t>(0, *high);
+}
+
+// Taps that read together from halves.
+void place_steps(FlatArgs& a, FlatTables& tables, const Axis& w) {
+  const bool both = w.dilation == 1;
+  for (int64_t t = 0; t < a.taps; ++t)
+    if (const int64_t kw = t % w.kernel; !both || kw % 2 == 0)
+      tables.steps.push_back({tables.offsets[t], t, both && kw + 1 < w.kernel});
+  a.steps = tables.steps.data();
+  a.step_count = static_cast<int64_t>(tables.steps.size());
+}
+
+}  // namespace
+
+FlatForm flat_form(const Axis& h, const Axis& w, Pass pass) {
+  if (h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out) return FlatForm::lines;
+  return w.stride == 2 && pass != Pass::grad_input ? FlatForm::halves : FlatForm::none;
+}
+
+int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes) {
+  if (form == FlatForm::lines) return ceil_div(h.out * w.out, lanes);
+  return ceil_div(h.out * ceil_div(w.out, half_of(w, lanes)), 2);
+}
+
+void place_cells(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& h, const Axis& w,
+                 Pass pass, const FlatKernels& kernels) {
+  const bool backwards = pass == Pass::grad_input;
+  const AxisTaps kh = taps_of(h, backwards), kw = taps_of(w, backwards);
+  a.cells = h.in * w.in;
+  a.vectors = flat_vectors(form, h, w, kernels.lanes);
+  place_taps(a, tables, kh, kw, w.in);
+  LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors);
+  if (form == FlatForm::halves) {
+    a.half = half_of(w, kernels.lanes);
+    place_steps(a, tables, w);
+    place_halves(a, tables, masks, h, w, kernels.lanes, pass);
+  } else {
+    place_strips(a, h, w, kernels);
+    place_lanes(masks, a.cells, w.out, kernels.lanes);
+  }
+  tables.masks = std::move(masks.bits);
+  a.masks = tables.masks.data();
+}
+
+}  // namespace voxconv

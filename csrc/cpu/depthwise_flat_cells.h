@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the cells of a plane become lanes of vectors, and what its taps read then.
+#pragma once
+#include <vector>
+
+#include "depthwise_flat_args.h"
+#include "depthwise_host.h"
+
+namespace voxconv {
+
+// Vectors of a tile, at most.
+constexpr int64_t kTileVectors = 4;
+
+// Lines: neighbours in the target are neighbours in the source. Halves: of two, with a stride of 2
+// along w, the source is read a half of a vector at a time.
+enum class FlatForm { none, lines, halves };
+
+FlatForm flat_form(const Axis& h, const Axis& w, Pass pass);
+
+// Vectors of a plane.
+int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes);
+
+// Tables that FlatArgs points into.
+struct FlatTables {
+  std::vector<FlatRows> rows;
+  std::vector<FlatRun> runs;
+  std::vector<int64_t> offsets;
+  std::vector<uint16_t> masks;
+  std::vector<int64_t> half_from, half_to;
+  std::vector<FlatStep> steps;
+};
+
+// Sets a.cells, and all that follows it up to a.copy_step. Tiles read up to a.most_planes.
+void place_cells(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& h, const Axis& w,
+                 Pass pass, const FlatKernels& kernels);
+
+}  // namespace voxconv
