@@ -267,6 +267,11 @@ ODD = _tagged(
         _dw("dw7_wide", 7, 1, (5, 4, 97)),
         _dw("dw3_c17", 3, 17, (5, 4, 7), n=2),
         _dw("dw3_c48", 3, 48, (4, 5, 6)),
+        _dw("dw3_c20_pieces", 3, 20, (3, 47, 41)),
+        _dw("dw3_c40_stride2_dilation2", 3, 40, (7, 9, 25), stride=2, dilation=2),
+        _dw("dw133_c19", (1, 3, 3), 19, (3, 6, 13), n=2),
+        _dw("dw3_c144", 3, 144, (3, 4, 5)),
+        _dw("dw2_c150", 2, 150, (3, 4, 5)),
         _dw("dw5_c16_stride211", 5, 16, (6, 7, 9), stride=(2, 1, 1)),
         _dw("dw5_c33", 5, 33, (6, 5, 8)),
         _dw("dw3_stride123", 3, 4, (9, 10, 17), stride=(1, 2, 3)),
@@ -304,6 +309,7 @@ ODD = _tagged(
         _up("up3_multiplier2", 3, 3, (3, 4, 6), multiplier=2, n=2),
         _up("up3_dilation2", 3, 2, (4, 5, 6), dilation=2),
         _up("up3_stride1", 3, 3, (4, 5, 11), stride=1),
+        _up("up3_c18", 3, 18, (3, 5, 13), output_padding=(1, 0, 1)),
     ],
 )
 

@@ -18,6 +18,9 @@ namespace {
 // Staged planes and sums of one piece should fit a private L2 next to the weights. Those of a group
 // of neighbouring blocks may be larger: its rows are read and written as whole runs of memory.
 constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
+// The same for source planes that are read in place, in pieces of that many rows at the least. More
+// taps of d and h than that read so much beside each other that staging them pays: measured.
+constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 9;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -70,6 +73,32 @@ Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t c
   return tiling;
 }
 
+// The kernels for channels-last tensors in place, if they can do a pass and had better.
+const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap& map,
+                                         const Tensor& source, const Tensor& target) {
+  const DepthwiseKernels* kernels = channels_last_kernels(element_of(source));
+  // A last block that is not full overlaps the one before, which then has to be in its group.
+  const bool full = map.channels % map.lanes == 0 || map.blocks_per_item() <= kMostGroup;
+  const bool suits = shape.mode == kZeros && shape.multiplier == 1 && full &&
+                     map.channels >= map.lanes && is_channels_last_3d(source) &&
+                     is_channels_last_3d(target) &&
+                     shape.axis[0].kernel * shape.axis[1].kernel <= kInPlaceTaps &&
+                     shape.axis[2].kernel <= kLongestInPlace;
+  return suits ? kernels : nullptr;
+}
+
+// Pieces whose source planes, and the one that is asked for meanwhile, stay in a private L2.
+Tiling in_place_tiling(const Links& d, const Axis& h, int64_t rows, const RowPlan& row,
+                       int64_t cell_bytes, const LaneMap& map, int64_t step) {
+  int64_t group = std::min(map.blocks_per_item(), kMostGroup);
+  while (map.blocks_per_item() % group != 0) --group;  // threads get equal shares
+  const int64_t row_bytes = group * row.source_size * cell_bytes;
+  const int64_t sources = kInPlaceBytes / ((d.most_sources() + 1) * row_bytes);
+  const int64_t most = std::max((sources - h.reach()) / h.stride, kInPlaceRows);
+  const int64_t tiles = ceil_div(rows, most), tile_rows = ceil_div(rows, tiles);
+  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step};
+}
+
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
   return {batch, channels, lanes, is_channels_last_3d(tensor)};
 }
@@ -79,14 +108,16 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
                    const std::optional<Tensor>& bias, Tensor& target) {
   if (target.numel() == 0) return;
   advise_huge_pages(target);
-  const DepthwiseKernels& kernels = depthwise_kernels(element_of(source));
-  const LaneMap map = make_lanes(source, shape.batch, target.size(1), kernels.lanes);
+  const DepthwiseKernels& staged = depthwise_kernels(element_of(source));
+  const LaneMap map = make_lanes(source, shape.batch, target.size(1), staged.lanes);
   const void* start = bias ? bias->data_ptr() : nullptr;
   if (flat_suits(shape, map, pass, source, target))
     return run_flat(shape, pass, source, weight, start, target);
   const RowsForm form = rows_form(shape, map, pass, source, target);
   if (form != RowsForm::none) return run_rows(form, shape, pass, source, weight, start, target);
   const bool backwards = pass == Pass::grad_input;
+  const DepthwiseKernels* in_place = in_place_kernels(shape, map, source, target);
+  const DepthwiseKernels& kernels = in_place ? *in_place : staged;
   const Links d = plane_links(shape.axis[0], shape.mode, backwards, shape.multiplier);
   const Links h = links_of(shape.axis[1], shape.mode, backwards);
   const RowPlan row = row_of(shape.axis[2], shape.mode, backwards);
@@ -106,8 +137,10 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling =
-      make_tiling(d, h, row, kernels.cell_bytes, a.map, plane_step(shape.axis[0], backwards));
+  const int64_t step = plane_step(shape.axis[0], backwards);
+  a.tiling = in_place ? in_place_tiling(d, shape.axis[1], a.target_size[1], row, kernels.cell_bytes,
+                                        map, step)
+                      : make_tiling(d, h, row, kernels.cell_bytes, map, step);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
@@ -201,8 +234,8 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
                   "voxconv: grad does not have the size of the output");
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
   if (shape.batch == 0) return torch::stable::zero_(weight);
-  const DepthwiseKernels& kernels = depthwise_kernels(element_of(x));
-  const LaneMap map = make_lanes(x, shape.batch, filters, kernels.lanes);
+  const DepthwiseKernels& staged = depthwise_kernels(element_of(x));
+  const LaneMap map = make_lanes(x, shape.batch, filters, staged.lanes);
   const bool flat = flat_suits(shape, map, Pass::grad_weight, x, grad);
   if (flat || rows_form(shape, map, Pass::grad_weight, x, grad) != RowsForm::none) {
     const RowPartials partials =
@@ -213,6 +246,8 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
                  });
     return weight;
   }
+  const DepthwiseKernels* in_place = in_place_kernels(shape, map, x, grad);
+  const DepthwiseKernels& kernels = in_place ? *in_place : staged;
   const Links d = links_of(axis[0], shape.mode, false), h = links_of(axis[1], shape.mode, false);
   const RowPlan row = row_of(axis[2], shape.mode, false);
   GradWeightArgs a;
@@ -228,7 +263,9 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.d = view(d);
   a.h = view(h);
   a.w = view(row);
-  a.tiling = make_tiling(d, h, row, kernels.cell_bytes, a.map, plane_step(axis[0], false));
+  const int64_t step = plane_step(axis[0], false);
+  a.tiling = in_place ? in_place_tiling(d, axis[1], axis[1].out, row, kernels.cell_bytes, map, step)
+                      : make_tiling(d, h, row, kernels.cell_bytes, map, step);
   const int64_t most =
       std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes, kTasks / a.map.blocks()));
   a.chunk_planes = (axis[0].out + most - 1) / most;
@@ -241,12 +278,15 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   });
   sum_partials(weight, a.partial, shape.batch, a.chunks, map.lanes,
                [&](int64_t n, int64_t c, int64_t chunk) {
-                 const int64_t flat =
-                     map.split_batch
-                         ? (n * map.blocks_per_item() + c / map.lanes) * map.lanes + c % map.lanes
-                         : n * filters + c;
-                 return (chunk * map.blocks() + flat / map.lanes) * shape.taps() * map.lanes +
-                        flat % map.lanes;
+                 const int64_t pair = n * filters + c;
+                 const int64_t block =
+                     map.split_batch ? n * map.blocks_per_item() + c / map.lanes : pair / map.lanes;
+                 // In place, the last block ends with the channels.
+                 const int64_t first = c / map.lanes * map.lanes;
+                 const int64_t lane = in_place          ? c - std::min(first, filters - map.lanes)
+                                      : map.split_batch ? c - first
+                                                        : pair % map.lanes;
+                 return (chunk * map.blocks() + block) * shape.taps() * map.lanes + lane;
                });
   return weight;
 }

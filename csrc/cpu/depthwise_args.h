@@ -238,4 +238,8 @@ enum class Element { f32, f64, bf16, f16 };
 const DepthwiseKernels& depthwise_kernels(Element element);
 const RowsKernels& rows_kernels(Element element);
 
+// Those that read and write channels-last tensors in place: zeros padding, no channel multiplier,
+// at least a vector of channels. Null but for float32.
+const DepthwiseKernels* channels_last_kernels(Element element);
+
 }  // namespace voxconv

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "depthwise_args.h"
+
+#define VOXCONV_TARGET_FILE "depthwise_channels_last_kernels.inc"
+#include "foreach_target.h"
+
+namespace voxconv {
+
+const DepthwiseKernels* channels_last_kernels(Element element) {
+  return VOXCONV_OF_LEVEL(kChannelsLastTable[static_cast<int>(element)]);
+}
+
+}  // namespace voxconv
