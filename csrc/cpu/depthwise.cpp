@@ -18,9 +18,9 @@ namespace {
 // Staged planes and sums of one piece should fit a private L2 next to the weights. Those of a group
 // of neighbouring blocks may be larger: its rows are read and written as whole runs of memory.
 constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
-// The same for source planes that are read in place, in pieces of that many rows at the least. More
-// taps of d and h than that read so much beside each other that staging them pays: measured.
-constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 9;
+// The same for source planes that are read in place, in pieces of that many rows at the least. With
+// more taps of d and h than that it pays to stage them: measured.
+constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the

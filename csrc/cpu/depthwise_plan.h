@@ -70,7 +70,7 @@ int64_t plane_step(const Axis& axis, bool backwards);
 // Kernel lengths a segment may have; longer runs of taps are cut into these.
 constexpr int kSegmentLengths[] = {7, 5, 4, 3, 2, 1}, kLongestSegment = 7;
 // Kernels longer than that are never read in place from channels-last tensors.
-constexpr int kLongestInPlace = 3;
+constexpr int kLongestInPlace = 5;
 
 constexpr bool is_segment_length(int length) {
   for (int known : kSegmentLengths)
