@@ -247,8 +247,19 @@ def speedups(times: Mapping[str, Any]) -> dict[str, float]:
     return found | ({"best": min(layouts)} if layouts else {})
 
 
-def geomean(rows: Iterable[Row], mode: str, rival: str) -> tuple[float, int, int]:
-    """Geometric mean of the speed-ups, how many rows are in it, and how many there are."""
+def geomean(
+    rows: Iterable[Row], mode: str, rival: str, roof: bool = False
+) -> tuple[float, int, int]:
+    """Geometric mean of the speed-ups, how many rows are in it, and how many there are.
+
+    With ``roof``, of the speed-ups if every row reached its roof (an FFT may be above it).
+    """
     rows = [row for row in rows if row["mode"] == mode]
-    logs = [math.log(row["speedup"][rival]) for row in rows if rival in row["speedup"]]
+    used = [row for row in rows if rival in row["speedup"]]
+    logs = [math.log(row["speedup"][rival]) for row in used]
+    if roof:
+        logs = [
+            log + max(0.0, math.log(row["times"]["ours"]["median_ms"] / row["roof_ms"]))
+            for log, row in zip(logs, used, strict=True)
+        ]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan, len(logs), len(rows)
