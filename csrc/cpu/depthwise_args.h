@@ -239,7 +239,7 @@ const DepthwiseKernels& depthwise_kernels(Element element);
 const RowsKernels& rows_kernels(Element element);
 
 // Those that read and write channels-last tensors in place: zeros padding, no channel multiplier,
-// at least a vector of channels. Null but for float32.
+// at least a vector of channels. Null but for float32 in vectors of 32 bytes or more.
 const DepthwiseKernels* channels_last_kernels(Element element);
 
 }  // namespace voxconv

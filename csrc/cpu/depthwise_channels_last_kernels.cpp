@@ -7,7 +7,7 @@
 namespace voxconv {
 
 const DepthwiseKernels* channels_last_kernels(Element element) {
-  return VOXCONV_OF_LEVEL(kChannelsLastTable[static_cast<int>(element)]);
+  return element == Element::f32 ? VOXCONV_OF_LEVEL(kChannelsLast) : nullptr;
 }
 
 }  // namespace voxconv
