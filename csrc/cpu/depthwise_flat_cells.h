@@ -30,7 +30,8 @@ struct FlatTables {
   std::vector<FlatStep> steps;
 };
 
-// Sets a.cells, and all that follows it up to a.copy_step. Tiles read up to a.most_planes.
+// Sets the cells, vectors, lanes, taps and halves of a plane. Tiles read a.most_planes at most,
+// which is set before.
 void place_cells(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& h, const Axis& w,
                  Pass pass, const FlatKernels& kernels);
 
