@@ -61,7 +61,7 @@ class Bench:
             torch.backends.cudnn.benchmark = True
             self._cuda_roofs = {dtype: cuda_roofs(dtype) for dtype in self.dtypes}
         else:
-            touch_memory()
+            touch_memory(4096)
             self.probes = Probes(self.dtypes)
 
     def failure(self, case: Case, dtype: torch.dtype, layout: str) -> str | None:
@@ -137,9 +137,9 @@ class Bench:
         firsts: dict[str, Any] = {}
         if not self.cuda:
             calls = {who.name: make_call(who, problem, mode, layout) for who in runners}
-            timings = interleaved(
-                calls | self.probes.calls(problem.dtype), seconds=seconds, first=firsts
-            )
+            calls |= self.probes.calls(problem.dtype)
+            sizes = 3 * problem.case.bytes(problem.dtype.itemsize) / 2**20
+            timings = interleaved(calls, seconds=seconds, touch_mb=sizes, first=firsts)
             return timings, firsts, self.probes.roofs(timings, problem.dtype)
         timings = {}
         least = problem.case.bytes(problem.dtype.itemsize) * SWEEPS[mode]

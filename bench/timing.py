@@ -17,7 +17,8 @@ import torch
 
 Call = Callable[[], Any]
 
-TURN = 0.02  # seconds a contestant keeps the machine before the next one has its turn
+TURN = 0.05  # seconds a contestant keeps the machine before the next one has its turn
+WARM = 0.5  # calls quicker than that, in seconds, are made once untimed when a turn begins
 SLOW = 2.0  # a first call this long, in seconds, is the measurement
 TURN_CALLS = 100
 
@@ -49,16 +50,16 @@ def _quantile(ordered: list[float], q: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def touch_memory(gib: int = 4) -> None:
+def touch_memory(mb: float) -> None:
     """Write to that much memory, or half of what is free, and give it back.
 
-    The host of a virtual machine backs a page when it is first written to, which can take several
-    times as long as a page fault. Once done, the system hands out the same pages again.
+    The host of a virtual machine backs a page when it is first written to, and may take it back
+    seconds after it is freed; backing it takes several times as long as a page fault. Once done,
+    the system hands out the same pages again.
     """
     with contextlib.suppress(ValueError, OSError, AttributeError):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31
-        held = [torch.ones(1 << 30, dtype=torch.uint8) for _ in range(min(gib, free))]
-        del held
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 21
+        torch.ones(int(min(mb, free)) << 20, dtype=torch.uint8)
 
 
 class Peak:
@@ -106,7 +107,6 @@ class _Series:
 
     def __init__(self, call: Call, seconds: float, most: int, memory: bool) -> None:
         self.call, self.samples = call, []
-        self.peak_mb: float | None = None
         with Peak() as peak:
             took, self.first = _timed(call)
         if took < SLOW:
@@ -123,7 +123,8 @@ class _Series:
 
     def turn(self) -> None:
         """A few calls in a row; the first of them only warms the caches up again."""
-        if self.estimate < TURN:
+        touch_memory(self.peak_mb or 0)
+        if self.estimate < WARM:
             self.call()
         for _ in range(max(1, min(TURN_CALLS, int(TURN / self.estimate)))):
             start = time.perf_counter()
@@ -143,6 +144,7 @@ def interleaved(
     seconds: float = 0.3,
     most: int = 2000,
     memory: bool = True,
+    touch_mb: float = 0,
     first: dict[str, Any] | None = None,
 ) -> dict[str, Timing]:
     """Times CPU calls against each other: they take turns, so that drift hits all alike.
@@ -156,6 +158,8 @@ def interleaved(
         seconds: time given to each.
         most: repeats after which a quick call has been timed enough.
         memory: whether to read the peak memory too (one more call each).
+        touch_mb: what to touch before a first call (:func:`touch_memory`); later turns touch as
+            much as the call needs, where ``memory`` is read.
         first: if given, receives the result of each one's first call.
 
     Returns:
@@ -164,6 +168,7 @@ def interleaved(
     with _no_gc():
         series = {}
         for name, call in calls.items():
+            touch_memory(touch_mb)
             series[name] = _Series(call, seconds, most, memory)
             if first is not None:
                 first[name] = series[name].first
