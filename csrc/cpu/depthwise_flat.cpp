@@ -18,8 +18,9 @@ constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 constexpr int64_t kChain = 1024;
 // What a vector of destinations and a tile of them cost besides their taps, in taps: measured.
 constexpr double kMoveCost = 20, kTileCost = 30;
-// Vectors from the farthest one that a tile reads to those it asks for.
-constexpr int64_t kAheadVectors = 2;
+// Vectors from the farthest one that a tile reads to those it asks for. Where a tile's planes are
+// smaller than that, it asks for the planes of the next one: measured.
+constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
 // Runs of taps from which on grad_weight takes the most planes at a time: measured.
 constexpr int64_t kTallRun = 5, kTallStepRun = 3;
 // Planes this far apart compete for the same lines of the first cache, which holds that many.
@@ -104,7 +105,9 @@ void place_planes(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& d,
     if (form == FlatForm::halves ? longest >= kTallStepRun && longest <= kernels.step_tall_run
                                  : longest >= kTallRun && (!competing || a.apart))
       a.tile_rows = kernels.tall;
-  } else if (form != FlatForm::halves && most_rows > 4 && (!competing || a.apart)) {
+  } else if (form == FlatForm::halves) {
+    if (round_up(most_rows, kernels.tall) == round_up(most_rows, 4)) a.tile_rows = kernels.tall;
+  } else if (most_rows > 4 && (!competing || a.apart)) {
     a.tile_rows = 8;
   }
   a.most_planes = a.tile_rows + longest - 1;
@@ -133,8 +136,11 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.plane_taps = d.kernel;
   place_planes(a, tables, form, d, pass, kernels);
   place_cells(a, tables, form, h, w, pass, kernels);
-  if (form == FlatForm::lines && !planes_compete(a, kernels.item_bytes))
+  const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
+  if (!widened && !planes_compete(a, kernels.item_bytes)) {
     a.ahead = a.after + kAheadVectors * kernels.lanes;
+    a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
+  }
   cut_pieces(a, kernels, pass);
   return result;
 }

@@ -44,7 +44,10 @@ struct FlatArgs : PassTensors {
   const int64_t* offsets;
   const uint16_t* masks;
   int64_t before, after;  // farthest offsets
-  int64_t ahead;          // from a cell in place to what is asked for while it is summed; or 0
+  // Memory in place is asked for while a tile is summed: that many cells further on in its planes
+  // (0: it is not), or the same cells of the planes of the next tile.
+  int64_t ahead;
+  bool ahead_planes;
   const int64_t *half_from, *half_to;
   int64_t half;  // 0: vectors are not made of halves
   const FlatStep* steps;
@@ -60,6 +63,11 @@ struct FlatArgs : PassTensors {
   }
   int64_t last_cell(int64_t end, int64_t lanes) const {
     return (half ? half_from[2 * end - 1] + lanes : end * lanes) + after;
+  }
+  // From what a tile reads, or writes, to what it asks for; `step` is that of its planes.
+  int64_t from_ahead(int64_t step) const { return ahead_planes ? tile_rows * step : ahead; }
+  int64_t to_ahead(int64_t step, int64_t block) const {
+    return ahead_planes ? tile_rows * step : block;
   }
   // Lanes of a half that are those of the half before, too.
   int64_t half_again(int64_t i) const {
@@ -100,7 +108,8 @@ struct FlatKernels {
   int64_t item_bytes;  // of a sum
   size_t (*scratch)(const FlatArgs&);
   void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
-  // Planes of a tile of grad_weight, at most; with a stride, longer runs than that take 4 of them.
+  // Planes of a tile at most, for grad_weight or with halves; of grad_weight with halves, longer
+  // runs than that take 4 of them.
   int64_t tall, step_tall_run;
 };
 
