@@ -160,6 +160,8 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
   const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
   const Conv3dShape shape = make_shape(x.size(0), channels, filters / channels, in, kernel, stride,
                                        padding, dilation, mode);
+  if (const Cropped crop(shape); crop.smaller)
+    return depthwise_forward(x, crop.of(weight), bias, stride, crop.padding, dilation, mode);
   const Axis* axis = shape.axis;
   Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
   run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), y);
@@ -184,6 +186,9 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
   VOXCONV_CHECK(
       grad.size(2) == axis[0].out && grad.size(3) == axis[1].out && grad.size(4) == axis[2].out,
       "voxconv: grad does not have the size of the output");
+  if (const Cropped crop(shape); crop.smaller)
+    return depthwise_grad_input(grad, crop.of(weight), size, stride, crop.padding, dilation, mode,
+                                bias);
   Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
   run_correlate(shape, Pass::grad_input, grad, contiguous(weight),
                 checked_bias(bias, grad, channels), x);
@@ -233,7 +238,15 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
     VOXCONV_CHECK(grad.size(2 + i) == axis[i].out,
                   "voxconv: grad does not have the size of the output");
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
-  if (shape.batch == 0) return torch::stable::zero_(weight);
+  const Cropped crop(shape);
+  if (shape.batch == 0 || crop.smaller) torch::stable::zero_(weight);
+  if (shape.batch == 0) return weight;
+  if (crop.smaller) {
+    Tensor left = crop.of(weight);
+    torch::stable::copy_(left, depthwise_grad_weight(grad, x, crop.kernel, stride, crop.padding,
+                                                     dilation, mode));
+    return weight;
+  }
   const DepthwiseKernels& staged = depthwise_kernels(element_of(x));
   const LaneMap map = make_lanes(x, shape.batch, filters, staged.lanes);
   const bool flat = flat_suits(shape, map, Pass::grad_weight, x, grad);

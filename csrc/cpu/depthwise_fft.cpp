@@ -41,11 +41,12 @@ struct Convolution {
 
 SpectralOperand tile_operand(SpectralOperand whole, const SpectralTile& tile, Window Piece::* which,
                              int64_t item_bytes) {
-  const int64_t stride[] = {whole.tensor.d, whole.tensor.h, whole.tensor.w};
+  int64_t* stride[] = {&whole.tensor.d, &whole.tensor.h, &whole.tensor.w};
   char* data = static_cast<char*>(whole.tensor.data);
   for (int i = 0; i < 3; ++i) {
     const Window& window = tile.piece[i]->*which;
-    data += window.begin * stride[i] * item_bytes;
+    data += window.begin * *stride[i] * item_bytes;
+    *stride[i] *= window.skip;
     whole.size[i] = window.size;
   }
   whole.tensor.data = data;

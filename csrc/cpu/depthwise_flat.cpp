@@ -18,6 +18,8 @@ constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 constexpr int64_t kChain = 1024;
 // What a vector of destinations and a tile of them cost besides their taps, in taps: measured.
 constexpr double kMoveCost = 20, kTileCost = 30;
+// The same for one of a pair, and what a tap of it costs.
+constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
 // Vectors from the farthest one that a tile reads to those it asks for. Where a tile's planes are
 // smaller than that, it asks for the planes of the next one: measured.
 constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
@@ -77,6 +79,7 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
   const auto copies = [&] {
     return a.gather * a.most_runs * a.most_planes * a.copy_step * kernels.item_bytes;
   };
+  if (a.form == FlatForm::pairs) return;
   while (a.piece_vectors > kPieceVectors &&
          (a.units() < kUnits || (copies() > kCopyBytes && a.piece_vectors * kernels.lanes > reach)))
     cut(++pieces);
@@ -91,7 +94,7 @@ bool planes_compete(const FlatArgs& a, int64_t item_bytes) {
 }
 
 // The tiles of destination planes, and what they read.
-void place_planes(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& d, Pass pass,
+void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
                   const FlatKernels& kernels) {
   const RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
   int64_t longest = 1, most_rows = 1;
@@ -102,12 +105,12 @@ void place_planes(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& d,
   a.apart = competing && longest + 3 >= kWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {
-    if (form == FlatForm::halves ? longest >= kTallStepRun && longest <= kernels.step_tall_run
-                                 : longest >= kTallRun && (!competing || a.apart))
+    if (a.form == FlatForm::halves ? longest >= kTallStepRun && longest <= kernels.step_tall_run
+                                   : longest >= kTallRun && (!competing || a.apart))
       a.tile_rows = kernels.tall;
-  } else if (form == FlatForm::halves) {
+  } else if (a.form == FlatForm::halves) {
     if (round_up(most_rows, kernels.tall) == round_up(most_rows, 4)) a.tile_rows = kernels.tall;
-  } else if (most_rows > 4 && (!competing || a.apart)) {
+  } else if (a.form == FlatForm::lines && most_rows > 4 && (!competing || a.apart)) {
     a.tile_rows = 8;
   }
   a.most_planes = a.tile_rows + longest - 1;
@@ -116,6 +119,9 @@ void place_planes(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& d,
   a.runs = tables.runs.data();
   a.tiles = static_cast<int64_t>(tables.rows.size());
   a.most_runs = 0;
+  // Memory is walked in its own order.
+  std::stable_sort(tables.rows.begin(), tables.rows.end(),
+                   [](const FlatRows& a, const FlatRows& b) { return a.first < b.first; });
   for (const FlatRows& rows : tables.rows)
     a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
 }
@@ -123,19 +129,19 @@ void place_planes(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& d,
 FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
                    const FlatKernels& kernels) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
-  const FlatForm form = flat_form(h, w, pass);
   FlatPass result{};
   FlatArgs& a = result.args;
   FlatTables& tables = result.tables;
   static_cast<PassTensors&>(a) = pass_tensors(shape, pass, source, target);
+  a.form = flat_form(h, w, pass);
   int64_t items = 1;
   for (int i = 0; i < 5; ++i) items += (source.size(i) - 1) * source.stride(i);
   a.source_begin = source.data_ptr();
   a.source_end = static_cast<const char*>(source.data_ptr()) +
                  items * static_cast<int64_t>(source.element_size());
   a.plane_taps = d.kernel;
-  place_planes(a, tables, form, d, pass, kernels);
-  place_cells(a, tables, form, h, w, pass, kernels);
+  place_planes(a, tables, d, pass, kernels);
+  place_cells(a, tables, h, w, pass, kernels);
   const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
   if (!widened && !planes_compete(a, kernels.item_bytes)) {
     a.ahead = a.after + kAheadVectors * kernels.lanes;
@@ -172,11 +178,15 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   const int64_t planes = target_size(d, backwards);
   const int64_t block = pass == Pass::grad_weight ? kTileVectors : 1;
   const auto vectors = round_up(flat_vectors(form, h, w, map.lanes), block);
-  const double waste = ratio(vectors * map.lanes, h.out * w.out);
+  const double tile = kTileCost / (vectors * std::min<int64_t>(planes, 4));
   const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
-  const double cost =
-      (kMoveCost + taps) * waste + kTileCost / (vectors * std::min<int64_t>(planes, 4));
-  return cost < channels_cost(shape, map, pass);
+  const double channels = channels_cost(shape, map, pass);
+  if (form == FlatForm::pairs)
+    return (kPairMoveCost + kPairTapCost * taps / (2 * h.stride)) *
+                   ratio(2 * vectors * map.lanes, h.in * w.in) +
+               tile <
+           channels;
+  return (kMoveCost + taps) * ratio(vectors * map.lanes, h.out * w.out) + tile < channels;
 }
 
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,

@@ -5,6 +5,11 @@
 
 namespace voxconv {
 
+// Lines: neighbours in the target are neighbours in the source. With a stride of 2 along w, vectors
+// are two halves of neighbours in a line. Halves: the source is read a half of a vector at a time.
+// Pairs: of destinations, two for each lane.
+enum class FlatForm { none, lines, halves, pairs };
+
 // A tile of destination planes first, first + step, ... (count of them) and its runs of taps.
 struct FlatRows {
   int32_t first, step, count, run_begin, run_end;
@@ -27,12 +32,25 @@ struct FlatStep {
   bool both;
 };
 
+// What a pair of destinations reads `offset` cells from where its half begins, for the even and for
+// the odd one.
+struct FlatPairStep {
+  int64_t offset, tap[2];
+};
+
+// Lines of destinations with the same taps along h: vectors [begin, end) of a plane.
+struct FlatPhase {
+  int64_t begin, end, step_begin, step_end, mask_begin;
+};
+
 // The same as CorrelateArgs for planes that lie in memory without gaps. Tap t of a plane reads cell
 // p + offsets[t] for cell p of the destination, in those lanes of vector v that masks[v][t] has.
 // Where every second cell of a line is read, vectors are made of halves
 // (depthwise_flat_step.inc): half i, of `half` neighbours in a line of the destination, begins at
-// cell half_to[i] of it and reads from cell half_from[i] on.
+// cell half_to[i] of it and reads from cell half_from[i] on. So it is where every second cell is
+// written (depthwise_flat_pairs.inc), with half_cells[i] destinations.
 struct FlatArgs : PassTensors {
+  FlatForm form;
   const void *source_begin, *source_end;  // the tensor's memory
   int64_t plane_taps, taps;               // the weight's: along d, of a plane
   const FlatRows* rows;
@@ -48,10 +66,14 @@ struct FlatArgs : PassTensors {
   // (0: it is not), or the same cells of the planes of the next tile.
   int64_t ahead;
   bool ahead_planes;
-  const int64_t *half_from, *half_to;
+  const int64_t *half_from, *half_to, *half_cells;
   int64_t half;  // 0: vectors are not made of halves
+  bool whole_halves;  // all of half_cells are a vector
   const FlatStep* steps;
   int64_t step_count;
+  const FlatPhase* phases;
+  int64_t phase_count;
+  const FlatPairStep* pair_steps;
   bool apart;                     // planes are copied: in place they compete for cache lines
   int64_t copy_step;              // of copies, from plane to plane
   int64_t pieces, piece_vectors;  // a plane is cut into
@@ -59,9 +81,11 @@ struct FlatArgs : PassTensors {
 
   // The cells that vectors [begin, end) read are [first_cell, last_cell).
   int64_t first_cell(int64_t begin, int64_t lanes) const {
+    if (form == FlatForm::pairs) return -before;
     return (half ? half_from[2 * begin] : begin * lanes) - before;
   }
   int64_t last_cell(int64_t end, int64_t lanes) const {
+    if (form == FlatForm::pairs) return cells + after;
     return (half ? half_from[2 * end - 1] + lanes : end * lanes) + after;
   }
   // From what a tile reads, or writes, to what it asks for; `step` is that of its planes.

@@ -104,6 +104,89 @@ void place_halves(FlatArgs& a, FlatTables& tables, LaneMasks& masks, const Axis&
   }
 }
 
+// What a pair of destinations reads: the cell that many lines and columns from its own, with these
+// taps for the even and for the odd one, if there are any.
+struct PairTaps {
+  int64_t line, column, tap[2];
+};
+
+// Of the lines of a phase of h, which share them. Neighbouring taps along w read the same cell.
+std::vector<PairTaps> pair_taps(const Axis& h, const Axis& w, int64_t phase) {
+  std::vector<PairTaps> taps;
+  for (int64_t kh = 0; kh < h.kernel; ++kh) {
+    const int64_t line = phase + h.before - kh * h.dilation;
+    if (line % h.stride != 0) continue;
+    for (int64_t kw = 0; kw < w.kernel; ++kw) {
+      const int64_t column = w.before - kw * w.dilation, tap = kh * w.kernel + kw;
+      const bool odd = column % 2 != 0, both = !odd && w.dilation == 1 && kw + 1 < w.kernel;
+      taps.push_back({line / h.stride, floor_div(column + odd, 2),
+                      {odd ? -1 : tap, odd ? tap : both ? tap + 1 : -1}});
+      kw += both;
+    }
+  }
+  return taps;
+}
+
+// Pairs of destinations in a line of h of a plane, and how many of them a half of a vector has.
+struct PairLine {
+  int64_t pairs, half, halves;
+
+  PairLine(const Axis& w, int64_t lanes)
+      : pairs(ceil_div(w.in, 2)), half(std::min(lanes / 2, pairs)), halves(ceil_div(pairs, half)) {}
+  int64_t vectors(const Axis& h, int64_t phase) const {
+    return round_up(ceil_div(ceil_div(h.in - phase, h.stride) * halves, 2), kStepVectors);
+  }
+};
+
+// Lanes are pairs of destinations of the lines of a phase of h, and of the next phase after these.
+// The last half of a line ends with it, the last vectors of a phase have its last half again.
+void place_pairs(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, int64_t lanes) {
+  const PairLine row(w, lanes);
+  int64_t begin = 0, low = 0, high = 0;
+  for (int64_t phase = 0; phase < std::min(h.stride, h.in); ++phase) {
+    const std::vector<PairTaps> taps = pair_taps(h, w, phase);
+    const auto count = static_cast<int64_t>(taps.size());
+    const auto step = static_cast<int64_t>(tables.pair_steps.size());
+    const auto mask = static_cast<int64_t>(tables.masks.size());
+    const int64_t vectors = row.vectors(h, phase), lines = ceil_div(h.in - phase, h.stride);
+    tables.masks.resize(mask + vectors * count * 2);
+    for (int64_t i = 0; i < 2 * vectors; ++i) {
+      const int64_t half = std::min(i, lines * row.halves - 1), line = half / row.halves;
+      const int64_t column = std::min(half % row.halves * row.half, row.pairs - row.half);
+      tables.half_from.push_back(line * w.out + column);
+      tables.half_to.push_back((phase + line * h.stride) * w.in + 2 * column);
+      tables.half_cells.push_back(std::min(2 * row.half, w.in - 2 * column));
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t from_line = line + taps[t].line, from = column + taps[t].column;
+        low = std::min(low, from_line * w.out + from);
+        high = std::max(high, from_line * w.out + from);
+        if (from_line < 0 || from_line >= h.out) continue;
+        const int64_t first = std::clamp<int64_t>(-from, 0, row.half);
+        const int64_t last = std::clamp<int64_t>(w.out - from, first, row.half);
+        for (int odd = 0; odd < 2; ++odd)
+          if (taps[t].tap[odd] >= 0)
+            tables.masks[mask + (i / 2 * count + t) * 2 + odd] |=
+                static_cast<uint16_t>(((1 << last) - (1 << first)) << i % 2 * lanes / 2);
+      }
+    }
+    for (const PairTaps& t : taps)
+      tables.pair_steps.push_back({t.line * w.out + t.column,
+                                   {std::max<int64_t>(t.tap[0], 0), std::max<int64_t>(t.tap[1], 0)}});
+    tables.phases.push_back({begin, begin + vectors, step, step + count, mask});
+    begin += vectors;
+  }
+  a.whole_halves = row.half == lanes / 2 && w.in % 2 == 0;
+  a.before = lanes / 2 - low;
+  a.after = std::max<int64_t>(0, high + lanes - a.cells);
+  a.half_from = tables.half_from.data();
+  a.half_to = tables.half_to.data();
+  a.half_cells = tables.half_cells.data();
+  a.phases = tables.phases.data();
+  a.phase_count = static_cast<int64_t>(tables.phases.size());
+  a.pair_steps = tables.pair_steps.data();
+  a.masks = tables.masks.data();
+}
+
 // Where the taps of a plane read.
 void place_taps(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisTaps& w,
                 int64_t line) {
@@ -130,23 +213,29 @@ void place_steps(FlatArgs& a, FlatTables& tables, const Axis& w) {
 
 FlatForm flat_form(const Axis& h, const Axis& w, Pass pass) {
   if (h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out) return FlatForm::lines;
-  return w.stride == 2 && pass != Pass::grad_input ? FlatForm::halves : FlatForm::none;
+  if (w.stride != 2) return FlatForm::none;
+  return pass == Pass::grad_input ? FlatForm::pairs : FlatForm::halves;
 }
 
 int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes) {
   if (form == FlatForm::lines) return ceil_div(h.out * w.out, lanes);
-  return ceil_div(h.out * ceil_div(w.out, half_of(w, lanes)), 2);
+  if (form == FlatForm::halves) return ceil_div(h.out * ceil_div(w.out, half_of(w, lanes)), 2);
+  int64_t vectors = 0;
+  for (int64_t phase = 0; phase < std::min(h.stride, h.in); ++phase)
+    vectors += PairLine(w, lanes).vectors(h, phase);
+  return vectors;
 }
 
-void place_cells(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& h, const Axis& w,
-                 Pass pass, const FlatKernels& kernels) {
+void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, Pass pass,
+                 const FlatKernels& kernels) {
   const bool backwards = pass == Pass::grad_input;
   const AxisTaps kh = taps_of(h, backwards), kw = taps_of(w, backwards);
-  a.cells = h.in * w.in;
-  a.vectors = flat_vectors(form, h, w, kernels.lanes);
-  place_taps(a, tables, kh, kw, w.in);
+  a.cells = backwards ? h.out * w.out : h.in * w.in;
+  a.vectors = flat_vectors(a.form, h, w, kernels.lanes);
+  place_taps(a, tables, kh, kw, backwards ? w.out : w.in);
+  if (a.form == FlatForm::pairs) return place_pairs(a, tables, h, w, kernels.lanes);
   LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors);
-  if (form == FlatForm::halves) {
+  if (a.form == FlatForm::halves) {
     a.half = half_of(w, kernels.lanes);
     place_steps(a, tables, w);
     place_halves(a, tables, masks, h, w, kernels.lanes, pass);

@@ -8,12 +8,8 @@
 
 namespace voxconv {
 
-// Vectors of a tile, at most.
-constexpr int64_t kTileVectors = 4;
-
-// Lines: neighbours in the target are neighbours in the source. Halves: of two, with a stride of 2
-// along w, the source is read a half of a vector at a time.
-enum class FlatForm { none, lines, halves };
+// Vectors of a tile, at most; of halves and pairs.
+constexpr int64_t kTileVectors = 4, kStepVectors = 2;
 
 FlatForm flat_form(const Axis& h, const Axis& w, Pass pass);
 
@@ -26,13 +22,15 @@ struct FlatTables {
   std::vector<FlatRun> runs;
   std::vector<int64_t> offsets;
   std::vector<uint16_t> masks;
-  std::vector<int64_t> half_from, half_to;
+  std::vector<int64_t> half_from, half_to, half_cells;
   std::vector<FlatStep> steps;
+  std::vector<FlatPhase> phases;
+  std::vector<FlatPairStep> pair_steps;
 };
 
 // Sets the cells, vectors, lanes, taps and halves of a plane. Tiles read a.most_planes at most,
 // which is set before.
-void place_cells(FlatArgs& a, FlatTables& tables, FlatForm form, const Axis& h, const Axis& w,
-                 Pass pass, const FlatKernels& kernels);
+void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, Pass pass,
+                 const FlatKernels& kernels);
 
 }  // namespace voxconv

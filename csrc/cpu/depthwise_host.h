@@ -116,6 +116,36 @@ inline void check_same(const Tensor& a, const Tensor& b) {
   VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
 }
 
+// A convolution without the taps at the ends of its kernel that meet nothing but zeros: a kernel that
+// is larger than the volume has many of them.
+struct Cropped {
+  std::vector<int64_t> first, kernel, padding;  // the taps that are left, and the padding they need
+  bool smaller = false;
+
+  explicit Cropped(const Conv3dShape& shape) {
+    for (const Axis& a : shape.axis) {
+      // Of `pad` cells of padding no more than `far` are met: as many taps as have no other.
+      const auto unmet = [&](int64_t pad, int64_t far, int64_t taps) {
+        const int64_t count = std::min(ceil_div(pad - far, a.dilation), pad / a.dilation);
+        return shape.mode == kZeros ? std::clamp<int64_t>(count, 0, taps - 1) : 0;
+      };
+      const int64_t span = (a.out - 1) * a.stride, end = span + a.reach() - a.before - (a.in - 1);
+      const int64_t low = unmet(a.before, span, a.kernel);
+      const int64_t high = unmet(std::min(a.after, end), span, a.kernel - low);
+      first.push_back(low);
+      kernel.push_back(a.kernel - low - high);
+      padding.push_back(a.before - low * a.dilation);
+      padding.push_back(a.after - high * a.dilation);
+      smaller |= kernel.back() < a.kernel;
+    }
+  }
+  // What is left of a weight.
+  Tensor of(Tensor weight) const {
+    for (int i = 0; i < 3; ++i) weight = torch::stable::narrow(weight, 2 + i, first[i], kernel[i]);
+    return weight;
+  }
+};
+
 inline std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& like,
                                           int64_t channels) {
   if (!bias) return bias;

@@ -19,9 +19,14 @@ Taps live_taps(const Axis& a) {
   return {first, last - first + 1, first * a.dilation - a.before, last * a.dilation - a.before};
 }
 
+// A way to cut an axis besides a number of pieces: see cut_lattice.
+constexpr int64_t kLattice = 0;
+
 int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-Window reversed(const Window& w) { return {w.begin, w.size, w.first, w.count, -w.step, -w.offset}; }
+Window reversed(const Window& w) {
+  return {w.begin, w.size, w.first, w.count, -w.step, -w.offset, w.skip};
+}
 
 // Outputs (grad_input: inputs) begin .. end, and all that they read: an output at place p reads the
 // inputs at p + the place of a tap. Raises `length` until what wraps around meets nothing that
@@ -57,7 +62,44 @@ void widen(Window& window, int64_t size) {
   window.size = size;
 }
 
+int64_t remainder(int64_t a, int64_t b) { return a - b * floor_divide(a, b); }
+
+// Every dilation-th element of the target reads every dilation-th element of the source with a
+// dilation of 1: short circles, and as many of them.
+AxisCut cut_lattice(const Axis& a, Pass pass) {
+  const int64_t step = a.dilation, sign = pass == Pass::grad_input ? 1 : -1;
+  const int64_t size = pass == Pass::grad_input ? a.in : a.out;
+  const int64_t read = pass == Pass::grad_input ? a.out : a.in;
+  const Taps taps = live_taps(a);
+  AxisCut cut{1, {}};
+  for (int64_t i = 0; i < std::min(step, size); ++i) {
+    // Target i + j * step reads source from + (j + sign * (tap - before)) * step.
+    const int64_t from = remainder(i + sign * a.before, step);
+    const int64_t before = sign * floor_divide(i + sign * a.before, step);
+    const int64_t targets = (size - i + step - 1) / step;
+    const int64_t sources = std::max<int64_t>((read - from + step - 1) / step, 0);
+    Axis axis{targets, sources, a.kernel, 1, 1, before, 0};
+    if (pass != Pass::grad_input) std::swap(axis.in, axis.out);
+    const Taps places = {taps.first, taps.count, taps.first - before,
+                         taps.first + taps.count - 1 - before};
+    Piece piece = make_piece(axis, places, pass, 0, targets, cut.length);
+    if (pass == Pass::grad_weight) {  // which adds up tiles: taps need the same places in all
+      piece.a.offset += before;
+      piece.result.offset += before;
+    }
+    Window& target = pass == Pass::grad_weight ? piece.b : piece.result;
+    piece.a.begin = from + piece.a.begin * step;
+    target.begin = i + target.begin * step;
+    piece.a.skip = target.skip = step;
+    cut.pieces.push_back(piece);
+  }
+  cut.length = fast_length(cut.length);
+  return cut;
+}
+
+// Into pieces, or for kLattice along the lattice of the dilation.
 AxisCut cut_axis(const Axis& a, Pass pass, int64_t pieces) {
+  if (pieces == kLattice) return cut_lattice(a, pass);
   const int64_t size = pass == Pass::grad_input ? a.in : a.out;
   const int64_t step = (size + pieces - 1) / pieces;
   const Taps taps = live_taps(a);
@@ -71,13 +113,13 @@ AxisCut cut_axis(const Axis& a, Pass pass, int64_t pieces) {
 
 // An axis cut in one way, as the estimate sees it.
 struct Candidate {
-  int64_t pieces;
+  int64_t cut, pieces;
   double length, line_cost, a, b, result;
 };
 
 Candidate make_candidate(const Axis& axis, Pass pass, int64_t pieces) {
   const AxisCut cut = cut_axis(axis, pass, pieces);
-  Candidate c{static_cast<int64_t>(cut.pieces.size()), double(cut.length), 0, 0, 0, 0};
+  Candidate c{pieces, static_cast<int64_t>(cut.pieces.size()), double(cut.length), 0, 0, 0, 0};
   c.line_cost = fft_cost(cut.length);
   for (const Piece& p : cut.pieces) {
     c.a = std::max(c.a, double(p.a.size));
@@ -110,18 +152,22 @@ double estimate(const Candidate& d, const Candidate& h, const Candidate& w) {
   return cycles * (1 + kFarFactor * std::max(far, 0.0)) * double(d.pieces * h.pieces * w.pieces);
 }
 
-// The cheapest cut of the three axes; none where the scratch is near anyway.
+// The cheapest cut of the three axes: d along its lattice (h or w would take planes apart: measured
+// to be slower), and into pieces, but not where the scratch is near anyway.
 void choose_pieces(const Axis (&axis)[3], Pass pass, int64_t (&chosen)[3]) {
   constexpr int64_t kShortestPiece = 8;
   std::vector<Candidate> list[3];
   for (int i = 0; i < 3; ++i) list[i].push_back(make_candidate(axis[i], pass, 1));
-  if (scratch_bytes(list[0][0], list[1][0], list[2][0]) <= kNearBytes) return;
-  for (int i = 0; i < 3; ++i) {
+  const bool near = scratch_bytes(list[0][0], list[1][0], list[2][0]) <= kNearBytes;
+  if (axis[0].dilation > 1 && axis[0].stride == 1)
+    list[0].push_back(make_candidate(axis[0], pass, kLattice));
+  for (int i = 0; i < 3 && !near; ++i) {
     const Axis& a = axis[i];
     const int64_t size = pass == Pass::grad_input ? a.in : a.out * a.stride;
+    double shortest = list[i][0].length;
     for (int64_t pieces = 2; size / pieces >= kShortestPiece; pieces += 1 + pieces / 4) {
       const Candidate c = make_candidate(a, pass, pieces);
-      if (c.length < list[i].back().length) list[i].push_back(c);
+      if (c.length < shortest) list[i].push_back(c), shortest = c.length;
     }
   }
   double least = estimate(list[0][0], list[1][0], list[2][0]);
@@ -131,9 +177,9 @@ void choose_pieces(const Axis (&axis)[3], Pass pass, int64_t (&chosen)[3]) {
         const double cost = estimate(d, h, w);
         if (cost >= least) continue;
         least = cost;
-        chosen[0] = d.pieces;
-        chosen[1] = h.pieces;
-        chosen[2] = w.pieces;
+        chosen[0] = d.cut;
+        chosen[1] = h.cut;
+        chosen[2] = w.cut;
       }
 }
 

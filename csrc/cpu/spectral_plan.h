@@ -12,10 +12,10 @@
 
 namespace voxconv {
 
-// Elements begin .. begin + size of an axis of a tensor are moved; `count` of them, from `first` of
-// these on, have a place: the i-th at offset + i * step.
+// Elements begin, begin + skip, ... (size of them) of an axis of a tensor are moved; `count` of them,
+// from `first` of these on, have a place: the i-th at offset + i * step.
 struct Window {
-  int64_t begin, size, first, count, step, offset;
+  int64_t begin, size, first, count, step, offset, skip = 1;
 };
 
 // One axis of a tile: result = a * b.

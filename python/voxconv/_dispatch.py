@@ -166,9 +166,12 @@ def _direct_cost(problem: Problem) -> int:
     out = problem.geometry.out_size((size[0], size[1], size[2]))
     cost = problem.x_shape[0] * problem.weight_shape[0]
     for axis in range(3):
-        skipped = 0
+        step, skipped = dilation[axis], 0
         for pad in padding[2 * axis : 2 * axis + 2]:
-            skipped += pad * (pad + dilation[axis]) // (2 * dilation[axis] * stride[axis])
+            # Taps in the padding, from output to output: a triangle, cut off after the last output.
+            beyond = torch.sym_max(pad - out[axis] * stride[axis], 0)
+            pairs = pad * (pad + step) - beyond * (beyond + step)
+            skipped += pairs // (2 * step * stride[axis])
         cost *= torch.sym_max(kernel[axis] * out[axis] - skipped, out[axis])
     return cost
 
