@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import voxconv
-from cases import CHANNELS_LAST, LAYOUTS, Case, Tensors, select
+from cases import CHANNELS_LAST, LAYOUTS, NCDHW, Case, Tensors, select
 from testing import DTYPES, all_passes, bitwise_equal, dtype_id, on, ours, reference
 
 
@@ -36,6 +36,16 @@ def test_zero_batch_dtypes(dtype: torch.dtype) -> None:
     case = Case("none", n=0, channels=2, size=(3, 4, 5), padding=1)
     with on("direct"):
         assert all(t.dtype == dtype for t in all_passes(ours, case, case.make(dtype)).values())
+
+
+def test_targets_written_past_the_caches(threads: int) -> None:
+    """Channels-last results of 16 MiB and more are, by every thread, and are all there."""
+    case = Case("large", channels=16, size=(64, 64, 64), padding=1)
+    last, first = (case.make(layout=layout) for layout in (CHANNELS_LAST, NCDHW))
+    with on("direct"):
+        got, expected = all_passes(ours, case, last), all_passes(ours, case, first)
+    for which in ("forward", "grad_input"):
+        torch.testing.assert_close(got[which], expected[which], rtol=1e-5, atol=1e-5)
 
 
 # The kernels of the receptive-field tests: gaps (stride over the kernel, dilation), every mode.

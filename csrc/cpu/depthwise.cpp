@@ -21,11 +21,19 @@ constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
 // The same for source planes that are read in place, in pieces of that many rows at the least. With
 // more taps of d and h than that it pays to stage them: measured.
 constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25;
+// In place, vectors of neighbouring channels are visited together, in the order of memory. Where
+// cells do not compete for the caches, being no power of two of vectors, it is better to take one
+// after the other: rows are shorter, and pieces larger. So it is where that many taps of d and h
+// take longer than a source of not more than that, which need not be asked for, either. Measured.
+constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20;
+// From that size on the target is written past the caches, where it would take the place of what is
+// read: the C library copies so, too.
+constexpr int64_t kPastCachesBytes = 16 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
 // shape alone, because partial sums are added in the order of chunks.
-constexpr int64_t kChunkPlanes = 8, kTasks = 64;
+constexpr int64_t kChunkPlanes = 12, kTasks = 64;
 
 int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
   int32_t low = INT32_MAX, high = -1;
@@ -87,16 +95,30 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
   return suits ? kernels : nullptr;
 }
 
+// Whether the target is large, and made of aligned vectors.
+bool past_caches(const LaneMap& map, const Tensor& target) {
+  const auto start = reinterpret_cast<uintptr_t>(target.data_ptr());
+  const int64_t vector = map.lanes * static_cast<int64_t>(target.element_size());
+  return target.numel() * static_cast<int64_t>(target.element_size()) >= kPastCachesBytes &&
+         map.channels % map.lanes == 0 && start % vector == 0;
+}
+
 // Pieces whose source planes, and the one that is asked for meanwhile, stay in a private L2.
-Tiling in_place_tiling(const Links& d, const Axis& h, int64_t rows, const RowPlan& row,
+Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, const RowPlan& row,
                        int64_t cell_bytes, const LaneMap& map, int64_t step) {
-  int64_t group = std::min(map.blocks_per_item(), kMostGroup);
-  while (map.blocks_per_item() % group != 0) --group;  // threads get equal shares
+  const Axis& h = shape.axis[1];
+  const int64_t blocks = map.blocks_per_item();
+  const int64_t bytes = shape.axis[0].in * h.in * shape.axis[2].in * blocks * cell_bytes;
+  const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps && bytes <= kNearBytes;
+  const bool compete = (blocks & (blocks - 1)) == 0;
+  const bool apart = map.channels % map.lanes == 0 && (busy || !compete);
+  int64_t group = apart ? 1 : std::min(blocks, kMostGroup);
+  while (blocks % group != 0) --group;  // threads get equal shares
   const int64_t row_bytes = group * row.source_size * cell_bytes;
   const int64_t sources = kInPlaceBytes / ((d.most_sources() + 1) * row_bytes);
   const int64_t most = std::max((sources - h.reach()) / h.stride, kInPlaceRows);
   const int64_t tiles = ceil_div(rows, most), tile_rows = ceil_div(rows, tiles);
-  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step};
+  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step, !busy};
 }
 
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
@@ -138,9 +160,10 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.h = view(h);
   a.w = view(row);
   const int64_t step = plane_step(shape.axis[0], backwards);
-  a.tiling = in_place ? in_place_tiling(d, shape.axis[1], a.target_size[1], row, kernels.cell_bytes,
-                                        map, step)
-                      : make_tiling(d, h, row, kernels.cell_bytes, map, step);
+  a.tiling = in_place
+                 ? in_place_tiling(d, shape, a.target_size[1], row, kernels.cell_bytes, map, step)
+                 : make_tiling(d, h, row, kernels.cell_bytes, map, step);
+  a.past_caches = in_place && past_caches(map, target);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {
@@ -243,8 +266,8 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   if (shape.batch == 0) return weight;
   if (crop.smaller) {
     Tensor left = crop.of(weight);
-    torch::stable::copy_(left, depthwise_grad_weight(grad, x, crop.kernel, stride, crop.padding,
-                                                     dilation, mode));
+    torch::stable::copy_(
+        left, depthwise_grad_weight(grad, x, crop.kernel, stride, crop.padding, dilation, mode));
     return weight;
   }
   const DepthwiseKernels& staged = depthwise_kernels(element_of(x));
@@ -277,11 +300,13 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.h = view(h);
   a.w = view(row);
   const int64_t step = plane_step(axis[0], false);
-  a.tiling = in_place ? in_place_tiling(d, axis[1], axis[1].out, row, kernels.cell_bytes, map, step)
+  a.tiling = in_place ? in_place_tiling(d, shape, axis[1].out, row, kernels.cell_bytes, map, step)
                       : make_tiling(d, h, row, kernels.cell_bytes, map, step);
   const int64_t most =
       std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes, kTasks / a.map.blocks()));
-  a.chunk_planes = (axis[0].out + most - 1) / most;
+  // An even number of chunks: of few tasks each of two threads gets as many.
+  const int64_t chunks = most > 1 ? most / 2 * 2 : 1;
+  a.chunk_planes = (axis[0].out + chunks - 1) / chunks;
   a.chunks = (axis[0].out + a.chunk_planes - 1) / a.chunk_planes;
   const size_t bytes = kernels.grad_weight_scratch(a);
   const Memory partial = allocate(a.chunks * map.blocks() * shape.taps() * kernels.cell_bytes);

@@ -84,6 +84,7 @@ struct Tiling {
   int64_t slot_rows;   // source rows of a piece, at most
   int64_t group;       // blocks staged together: of neighbouring channels, if channels are last
   int64_t plane_step;  // planes are visited in this step, so that dilated neighbours share sources
+  bool ahead = false;  // in place: what the next plane reads is asked for
 
   // The row behind the piece of axis h that begins at `row`, of `rows` in all.
   int64_t piece_end(int64_t row, int64_t rows) const {
@@ -130,6 +131,7 @@ struct CorrelateArgs {
   LinksView d, h;
   RowView w;
   Tiling tiling;
+  bool past_caches;  // the target is written there, if it is in place
 
   // One unit of work is a destination plane of a piece of a group.
   int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }

@@ -67,7 +67,7 @@ struct FlatArgs : PassTensors {
   int64_t ahead;
   bool ahead_planes;
   const int64_t *half_from, *half_to, *half_cells;
-  int64_t half;  // 0: vectors are not made of halves
+  int64_t half;       // 0: vectors are not made of halves
   bool whole_halves;  // all of half_cells are a vector
   const FlatStep* steps;
   int64_t step_count;

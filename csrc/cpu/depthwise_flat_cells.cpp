@@ -119,8 +119,11 @@ std::vector<PairTaps> pair_taps(const Axis& h, const Axis& w, int64_t phase) {
     for (int64_t kw = 0; kw < w.kernel; ++kw) {
       const int64_t column = w.before - kw * w.dilation, tap = kh * w.kernel + kw;
       const bool odd = column % 2 != 0, both = !odd && w.dilation == 1 && kw + 1 < w.kernel;
-      taps.push_back({line / h.stride, floor_div(column + odd, 2),
-                      {odd ? -1 : tap, odd ? tap : both ? tap + 1 : -1}});
+      taps.push_back({line / h.stride,
+                      floor_div(column + odd, 2),
+                      {odd ? -1 : tap, odd    ? tap
+                                       : both ? tap + 1
+                                              : -1}});
       kw += both;
     }
   }
@@ -170,8 +173,9 @@ void place_pairs(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
       }
     }
     for (const PairTaps& t : taps)
-      tables.pair_steps.push_back({t.line * w.out + t.column,
-                                   {std::max<int64_t>(t.tap[0], 0), std::max<int64_t>(t.tap[1], 0)}});
+      tables.pair_steps.push_back(
+          {t.line * w.out + t.column,
+           {std::max<int64_t>(t.tap[0], 0), std::max<int64_t>(t.tap[1], 0)}});
     tables.phases.push_back({begin, begin + vectors, step, step + count, mask});
     begin += vectors;
   }

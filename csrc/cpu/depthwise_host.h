@@ -116,8 +116,8 @@ inline void check_same(const Tensor& a, const Tensor& b) {
   VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
 }
 
-// A convolution without the taps at the ends of its kernel that meet nothing but zeros: a kernel that
-// is larger than the volume has many of them.
+// A convolution without the taps at the ends of its kernel that meet nothing but zeros: a kernel
+// that is larger than the volume has many of them.
 struct Cropped {
   std::vector<int64_t> first, kernel, padding;  // the taps that are left, and the padding they need
   bool smaller = false;

@@ -109,6 +109,17 @@ VOXCONV_INLINE Vec<float> load(const F16* p) {
 
 VOXCONV_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
 VOXCONV_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+// Past the caches, to aligned memory; finish_streams makes it seen by other threads.
+#if VOXCONV_VECTOR_BYTES == 64
+VOXCONV_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+VOXCONV_INLINE void finish_streams() { _mm_sfence(); }
+#elif VOXCONV_VECTOR_BYTES == 32
+VOXCONV_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+VOXCONV_INLINE void finish_streams() { _mm_sfence(); }
+#else
+VOXCONV_INLINE void stream(float* p, Vec<float> v) { store(p, v); }
+VOXCONV_INLINE void finish_streams() {}
+#endif
 VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
   const VecU32 bits = (VecU32)v;
   const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even

@@ -12,8 +12,8 @@
 
 namespace voxconv {
 
-// Elements begin, begin + skip, ... (size of them) of an axis of a tensor are moved; `count` of them,
-// from `first` of these on, have a place: the i-th at offset + i * step.
+// Elements begin, begin + skip, ... (size of them) of an axis of a tensor are moved; `count` of
+// them, from `first` of these on, have a place: the i-th at offset + i * step.
 struct Window {
   int64_t begin, size, first, count, step, offset, skip = 1;
 };
