@@ -26,9 +26,6 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 // after the other: rows are shorter, and pieces larger. So it is where that many taps of d and h
 // take longer than a source of not more than that, which need not be asked for, either. Measured.
 constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20;
-// From that size on the target is written past the caches, where it would take the place of what is
-// read: the C library copies so, too.
-constexpr int64_t kPastCachesBytes = 16 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -95,14 +92,6 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
   return suits ? kernels : nullptr;
 }
 
-// Whether the target is large, and made of aligned vectors.
-bool past_caches(const LaneMap& map, const Tensor& target) {
-  const auto start = reinterpret_cast<uintptr_t>(target.data_ptr());
-  const int64_t vector = map.lanes * static_cast<int64_t>(target.element_size());
-  return target.numel() * static_cast<int64_t>(target.element_size()) >= kPastCachesBytes &&
-         map.channels % map.lanes == 0 && start % vector == 0;
-}
-
 // Pieces whose source planes, and the one that is asked for meanwhile, stay in a private L2.
 Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, const RowPlan& row,
                        int64_t cell_bytes, const LaneMap& map, int64_t step) {
@@ -163,7 +152,7 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.tiling = in_place
                  ? in_place_tiling(d, shape, a.target_size[1], row, kernels.cell_bytes, map, step)
                  : make_tiling(d, h, row, kernels.cell_bytes, map, step);
-  a.past_caches = in_place && past_caches(map, target);
+  a.past_caches = in_place && map.channels % map.lanes == 0 && past_caches(target, map.lanes);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {

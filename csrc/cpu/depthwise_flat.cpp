@@ -148,6 +148,12 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
     a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
   cut_pieces(a, kernels, pass);
+  const int64_t lanes = kernels.lanes;
+  const bool aligned =
+      a.target.d % lanes == 0 && a.target.c % lanes == 0 && a.target.n % lanes == 0 &&
+      (a.form == FlatForm::lines || (a.form == FlatForm::pairs && w.in % lanes == 0));
+  a.past_caches = pass != Pass::grad_weight && !widened && aligned && a.most_runs * a.gather == 1 &&
+                  past_caches(target, lanes);
   return result;
 }
 

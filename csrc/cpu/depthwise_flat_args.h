@@ -74,6 +74,7 @@ struct FlatArgs : PassTensors {
   const FlatPhase* phases;
   int64_t phase_count;
   const FlatPairStep* pair_steps;
+  bool past_caches;               // the target is written there: its planes are aligned vectors
   bool apart;                     // planes are copied: in place they compete for cache lines
   int64_t copy_step;              // of copies, from plane to plane
   int64_t pieces, piece_vectors;  // a plane is cut into

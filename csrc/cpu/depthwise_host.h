@@ -42,6 +42,15 @@ inline void advise_huge_pages(const Tensor& tensor) {
 #endif
 }
 
+// Whether a target is so large that it is written past the caches, where it would take the place of
+// what is read (the C library copies so, too), and begins with an aligned vector.
+inline bool past_caches(const Tensor& target, int64_t lanes) {
+  constexpr int64_t kBytes = 16 << 20;
+  const int64_t item = target.element_size();
+  return target.numel() * item >= kBytes &&
+         reinterpret_cast<uintptr_t>(target.data_ptr()) % (lanes * item) == 0;
+}
+
 inline Strided strided(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1),
           tensor.stride(2),          tensor.stride(3), tensor.stride(4)};

@@ -112,12 +112,15 @@ VOXCONV_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, si
 // Past the caches, to aligned memory; finish_streams makes it seen by other threads.
 #if VOXCONV_VECTOR_BYTES == 64
 VOXCONV_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+VOXCONV_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
 VOXCONV_INLINE void finish_streams() { _mm_sfence(); }
 #elif VOXCONV_VECTOR_BYTES == 32
 VOXCONV_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+VOXCONV_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
 VOXCONV_INLINE void finish_streams() { _mm_sfence(); }
 #else
 VOXCONV_INLINE void stream(float* p, Vec<float> v) { store(p, v); }
+VOXCONV_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
 VOXCONV_INLINE void finish_streams() {}
 #endif
 VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
