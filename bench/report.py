@@ -118,8 +118,9 @@ def _table(rows: list[Row], everything: list[Row], mode: str) -> Iterator[str]:
 
 
 def summary(page: Path) -> Iterator[str]:
-    """The README's block: the picture, a short table for each mode, the conditions."""
-    for path, content in load("suite"):
+    """The README's block, of the newest run: picture, a short table for each mode, conditions."""
+    newest = max(load("suite"), key=lambda found: found[1]["conditions"]["date"], default=None)
+    for path, content in [newest] if newest else []:
         rows = content["rows"]
         shown = _link(path.with_suffix(".svg"), page)
         yield f"![Depthwise layers on {content['conditions']['device']}]({shown})"
