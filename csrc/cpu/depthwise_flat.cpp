@@ -23,8 +23,8 @@ constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
 // Vectors from the farthest one that a tile reads to those it asks for. Where a tile's planes are
 // smaller than that, it asks for the planes of the next one: measured.
 constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
-// Runs of taps from which on grad_weight takes the most planes at a time: measured.
-constexpr int64_t kTallRun = 5, kTallStepRun = 3;
+// Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
+constexpr int64_t kTallStepRun = 3;
 // Planes this far apart compete for the same lines of the first cache, which holds that many.
 constexpr int64_t kWayBytes = 4096, kWays = 8;
 
@@ -105,13 +105,17 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   a.apart = competing && longest + 3 >= kWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {
-    if (a.form == FlatForm::halves ? longest >= kTallStepRun && longest <= kernels.step_tall_run
-                                   : longest >= kTallRun && (!competing || a.apart))
+    if (a.form == FlatForm::halves) {
+      if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
+        a.tile_rows = kernels.step_tall;
+    } else if (longest <= kernels.tall_run && (!competing || a.apart)) {
       a.tile_rows = kernels.tall;
+    }
   } else if (a.form == FlatForm::halves) {
-    if (round_up(most_rows, kernels.tall) == round_up(most_rows, 4)) a.tile_rows = kernels.tall;
+    if (round_up(most_rows, kernels.step_tall) == round_up(most_rows, 4))
+      a.tile_rows = kernels.step_tall;
   } else if (a.form == FlatForm::lines && most_rows > 4 && (!competing || a.apart)) {
-    a.tile_rows = 8;
+    a.tile_rows = kernels.tall;
   }
   a.most_planes = a.tile_rows + longest - 1;
   list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
@@ -144,7 +148,8 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   place_cells(a, tables, h, w, pass, kernels);
   const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
   if (!widened && !planes_compete(a, kernels.item_bytes)) {
-    a.ahead = a.after + kAheadVectors * kernels.lanes;
+    const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
+    a.ahead = a.after + (strips ? kWeightStrip : kAheadVectors) * kernels.lanes;
     a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
   cut_pieces(a, kernels, pass);

@@ -10,6 +10,9 @@ namespace voxconv {
 // Pairs: of destinations, two for each lane.
 enum class FlatForm { none, lines, halves, pairs };
 
+// Vectors of a plane that a tile of grad_weight takes, where planes are lines.
+constexpr int64_t kWeightStrip = 16;
+
 // A tile of destination planes first, first + step, ... (count of them) and its runs of taps.
 struct FlatRows {
   int32_t first, step, count, run_begin, run_end;
@@ -133,9 +136,8 @@ struct FlatKernels {
   int64_t item_bytes;  // of a sum
   size_t (*scratch)(const FlatArgs&);
   void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
-  // Planes of a tile at most, for grad_weight or with halves; of grad_weight with halves, longer
-  // runs than that take 4 of them.
-  int64_t tall, step_tall_run;
+  // Planes of a tile at most; those of grad_weight have 4 of them for longer runs than that.
+  int64_t tall, tall_run, step_tall, step_tall_run;  // as lines, as halves
 };
 
 // The kernels for this processor.

@@ -62,6 +62,13 @@ VOXCONV_INLINE void pin(V& v) {
 #endif
 }
 
+// What is read through p from here on is read from here on, and not ahead of a branch that both ways
+// of it read the same after.
+template <class U>
+VOXCONV_INLINE void stay(const U*& p) {
+  asm volatile("" : "+r"(p));
+}
+
 // sum + a * b from registers, in place of the sum. GCC left to itself overwrites a factor that is
 // needed again and copies it beforehand.
 template <class V>
@@ -173,6 +180,7 @@ template <class T>
 VOXCONV_INLINE LaneMask<T> lane_mask(uint16_t bits) {
   return bits;
 }
+constexpr bool kFreeMasks = true;
 template <class V>
 VOXCONV_INLINE V masked(uint16_t, V v) {
   return v;
@@ -189,11 +197,25 @@ VOXCONV_INLINE V multiply_add_where(uint16_t mask, V sum, V a, V b) {
 template <class T>
 using LaneMask = typename IndexOf<T>::type;
 template <class T>
-VOXCONV_INLINE LaneMask<T> lane_mask(uint16_t bits) {
-  LaneMask<T> bit{};
-  unroll<kLanes<T>>([&](auto l) { bit[decltype(l)::value] = 1 << decltype(l)::value; });
-  return (bit & (LaneMask<T>{} + bits)) != 0;
+struct LaneMasks {
+  decltype(LaneMask<T>{}[0] + 0) of[1 << kLanes<T>][kLanes<T>];
+};
+template <class T>
+constexpr LaneMasks<T> make_lane_masks() {
+  LaneMasks<T> masks{};
+  for (int bits = 0; bits < 1 << kLanes<T>; ++bits)
+    for (int l = 0; l < kLanes<T>; ++l) masks.of[bits][l] = bits & 1 << l ? -1 : 0;
+  return masks;
 }
+template <class T>
+alignas(kVectorBytes) constexpr LaneMasks<T> kLaneMasks = make_lane_masks<T>();
+template <class T>
+VOXCONV_INLINE LaneMask<T> lane_mask(uint16_t bits) {
+  LaneMask<T> mask;
+  __builtin_memcpy(&mask, kLaneMasks<T>.of[bits], sizeof mask);
+  return mask;
+}
+constexpr bool kFreeMasks = false;
 template <class M, class V>
 VOXCONV_INLINE V masked(M mask, V v) {
   return (V)((M)v & mask);
@@ -203,6 +225,14 @@ VOXCONV_INLINE V multiply_add_where(M, V sum, V a, V b) {
   return multiply_add(sum, a, b);
 }
 #endif
+
+// Whether all lanes of V vectors take part, whose masks are `step` apart.
+template <class T, int V>
+VOXCONV_INLINE bool whole_lanes(const uint16_t* masks, int64_t step) {
+  uint16_t all = masks[0];
+  unroll<V - 1>([&](auto v) VOXCONV_INLINE_LAMBDA { all &= masks[(decltype(v)::value + 1) * step]; });
+  return all == (1 << kLanes<T>) - 1;
+}
 
 // Copies fewer elements than a vector has.
 template <class T, class A, class B>
