@@ -25,7 +25,8 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 // cells do not compete for the caches, being no power of two of vectors, it is better to take one
 // after the other: rows are shorter, and pieces larger. So it is where that many taps of d and h
 // take longer than a source of not more than that, which need not be asked for, either. Measured.
-constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20;
+// Vectors that share a cache line stay together.
+constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20, kLine = 64;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -101,7 +102,9 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, c
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps && bytes <= kNearBytes;
   const bool compete = (blocks & (blocks - 1)) == 0;
   const bool apart = map.channels % map.lanes == 0 && (busy || !compete);
-  int64_t group = apart ? 1 : std::min(blocks, kMostGroup);
+  int64_t group = apart ? std::max<int64_t>(1, kLine / cell_bytes) : kMostGroup;
+  while (apart && group < kMostGroup && blocks % group != 0) ++group;
+  group = std::min(group, blocks);
   while (blocks % group != 0) --group;  // threads get equal shares
   const int64_t row_bytes = group * row.source_size * cell_bytes;
   const int64_t sources = kInPlaceBytes / ((d.most_sources() + 1) * row_bytes);

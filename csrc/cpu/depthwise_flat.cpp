@@ -71,6 +71,10 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
       const int64_t end = std::min(begin + a.piece_vectors, vectors);
       most = std::max(most, a.last_cell(end, kernels.lanes) - a.first_cell(begin, kernels.lanes));
     }
+    if (a.form == FlatForm::split) {
+      a.split.step = odd_lines(most + kernels.lanes, kernels.lanes);
+      most = 2 * a.split.count * a.split.step;
+    }
     a.copy_step = odd_lines(most, kernels.lanes);
   };
   int64_t pieces = 1;
@@ -108,13 +112,13 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
     if (a.form == FlatForm::halves) {
       if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
         a.tile_rows = kernels.step_tall;
-    } else if (longest <= kernels.tall_run && (!competing || a.apart)) {
+    } else if (longest <= kernels.tall_run && (a.form == FlatForm::split || !competing || a.apart)) {
       a.tile_rows = kernels.tall;
     }
   } else if (a.form == FlatForm::halves) {
     if (round_up(most_rows, kernels.step_tall) == round_up(most_rows, 4))
       a.tile_rows = kernels.step_tall;
-  } else if (a.form == FlatForm::lines && most_rows > 4 && (!competing || a.apart)) {
+  } else if (a.form == FlatForm::split || (a.form == FlatForm::lines && most_rows > 4 && (!competing || a.apart))) {
     a.tile_rows = kernels.tall;
   }
   a.most_planes = a.tile_rows + longest - 1;
@@ -137,7 +141,7 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   FlatArgs& a = result.args;
   FlatTables& tables = result.tables;
   static_cast<PassTensors&>(a) = pass_tensors(shape, pass, source, target);
-  a.form = flat_form(h, w, pass);
+  a.form = flat_form(h, w, pass, kernels);
   int64_t items = 1;
   for (int i = 0; i < 5; ++i) items += (source.size(i) - 1) * source.stride(i);
   a.source_begin = source.data_ptr();
@@ -147,12 +151,13 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   place_planes(a, tables, d, pass, kernels);
   place_cells(a, tables, h, w, pass, kernels);
   const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
-  if (!widened && !planes_compete(a, kernels.item_bytes)) {
+  if (!widened && a.form != FlatForm::split && !planes_compete(a, kernels.item_bytes)) {
     const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
     a.ahead = a.after + (strips ? kWeightStrip : kAheadVectors) * kernels.lanes;
     a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
   cut_pieces(a, kernels, pass);
+  part_taps(a, tables);
   const int64_t lanes = kernels.lanes;
   const bool aligned =
       a.target.d % lanes == 0 && a.target.c % lanes == 0 && a.target.n % lanes == 0 &&
@@ -182,7 +187,8 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
                 const Tensor& target) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
   const bool backwards = pass == Pass::grad_input;
-  const FlatForm form = flat_form(h, w, pass);
+  const FlatKernels& kernels = flat_kernels(element_of(source));
+  const FlatForm form = flat_form(h, w, pass, kernels);
   if (shape.mode != kZeros || form == FlatForm::none || !planes_are_lines(target) ||
       !planes_are_lines(source))
     return false;

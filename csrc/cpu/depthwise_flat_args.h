@@ -7,8 +7,9 @@ namespace voxconv {
 
 // Lines: neighbours in the target are neighbours in the source. With a stride of 2 along w, vectors
 // are two halves of neighbours in a line. Halves: the source is read a half of a vector at a time.
-// Pairs: of destinations, two for each lane.
-enum class FlatForm { none, lines, halves, pairs };
+// Split: as lines, of a copy of the source that has its even and its odd columns, and the lines that
+// different taps read, apart. Pairs: of destinations, two for each lane.
+enum class FlatForm { none, lines, halves, split, pairs };
 
 // Vectors of a plane that a tile of grad_weight takes, where planes are lines.
 constexpr int64_t kWeightStrip = 16;
@@ -46,6 +47,15 @@ struct FlatPhase {
   int64_t begin, end, step_begin, step_end, mask_begin;
 };
 
+// A copied plane of the split form: parts of `step` cells, an even and an odd one for each of the
+// `count` sets of lines first[i], first[i] + stride, ... of the source that taps read. Lines of a
+// part have as many cells as those of the target.
+struct FlatSplit {
+  const int64_t* first;
+  int64_t count, stride, step, line;
+  int64_t lines, columns;  // of the source
+};
+
 // The same as CorrelateArgs for planes that lie in memory without gaps. Tap t of a plane reads cell
 // p + offsets[t] for cell p of the destination, in those lanes of vector v that masks[v][t] has.
 // Where every second cell of a line is read, vectors are made of halves
@@ -60,8 +70,9 @@ struct FlatArgs : PassTensors {
   const FlatRun* runs;
   int64_t tiles, tile_rows;        // of rows; of one that is not cut short
   int64_t most_runs, most_planes;  // of a tile, of a run
-  int64_t cells, vectors;          // of a source plane, of a destination plane
+  int64_t cells, vectors;          // of a plane, of a destination plane
   int64_t line, strip;             // cells of a line, and of what is visited of it at a time
+  FlatSplit split;
   const int64_t* offsets;
   const uint16_t* masks;
   int64_t before, after;  // farthest offsets
@@ -83,13 +94,20 @@ struct FlatArgs : PassTensors {
   int64_t pieces, piece_vectors;  // a plane is cut into
   int64_t chunk_tiles;            // of a unit
 
-  // The cells that vectors [begin, end) read are [first_cell, last_cell).
+  // The cells that vectors [begin, end) read are [first_cell, last_cell); of the split form, those
+  // of the lines that have them.
   int64_t first_cell(int64_t begin, int64_t lanes) const {
     if (form == FlatForm::pairs) return -before;
+    if (form == FlatForm::split) {
+      const int64_t cell = begin * lanes - before;
+      return (cell < 0 ? cell - split.line + 1 : cell) / split.line * split.line;
+    }
     return (half ? half_from[2 * begin] : begin * lanes) - before;
   }
   int64_t last_cell(int64_t end, int64_t lanes) const {
     if (form == FlatForm::pairs) return cells + after;
+    if (form == FlatForm::split)
+      return (end * lanes + after + split.line - 1) / split.line * split.line;
     return (half ? half_from[2 * end - 1] + lanes : end * lanes) + after;
   }
   // From what a tile reads, or writes, to what it asks for; `step` is that of its planes.
@@ -138,6 +156,7 @@ struct FlatKernels {
   void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
   // Planes of a tile at most; those of grad_weight have 4 of them for longer runs than that.
   int64_t tall, tall_run, step_tall, step_tall_run;  // as lines, as halves
+  bool splits;  // rather than to make vectors of halves
 };
 
 // The kernels for this processor.

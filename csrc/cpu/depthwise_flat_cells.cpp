@@ -192,10 +192,29 @@ void place_pairs(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
 }
 
 // Where the taps of a plane read.
-void place_taps(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisTaps& w,
-                int64_t line) {
+void place_taps(FlatTables& tables, const AxisTaps& h, const AxisTaps& w, int64_t line) {
   for (const AxisTap& kh : h)
     for (const AxisTap& kw : w) tables.offsets.push_back(kh.first * line + kw.first);
+}
+
+// The same, and the parts of the source that they read, see part_taps.
+void place_parts(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisTaps& w) {
+  std::vector<int64_t>& first = tables.split_first;
+  for (const AxisTap& kh : h) {
+    const int64_t line = floor_div(kh.first, kh.stride), from = kh.first - line * kh.stride;
+    const auto part = std::find(first.begin(), first.end(), from) - first.begin();
+    if (part == static_cast<int64_t>(first.size())) first.push_back(from);
+    for (const AxisTap& kw : w) {
+      const int64_t column = floor_div(kw.first, 2);
+      tables.offsets.push_back(line * kw.targets + column);
+      tables.parts.push_back(2 * part + kw.first - 2 * column);
+    }
+  }
+  a.split = {first.data(),        static_cast<int64_t>(first.size()), h[0].stride, 0,
+             w[0].targets, h[0].cells, w[0].cells};
+}
+
+void bound_taps(FlatArgs& a, const FlatTables& tables) {
   a.taps = static_cast<int64_t>(tables.offsets.size());
   a.offsets = tables.offsets.data();
   const auto [low, high] = std::minmax_element(tables.offsets.begin(), tables.offsets.end());
@@ -215,14 +234,19 @@ void place_steps(FlatArgs& a, FlatTables& tables, const Axis& w) {
 
 }  // namespace
 
-FlatForm flat_form(const Axis& h, const Axis& w, Pass pass) {
+void part_taps(FlatArgs& a, FlatTables& tables) {
+  for (size_t t = 0; t < tables.parts.size(); ++t) tables.offsets[t] += tables.parts[t] * a.split.step;
+}
+
+FlatForm flat_form(const Axis& h, const Axis& w, Pass pass, const FlatKernels& kernels) {
   if (h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out) return FlatForm::lines;
   if (w.stride != 2) return FlatForm::none;
-  return pass == Pass::grad_input ? FlatForm::pairs : FlatForm::halves;
+  if (pass == Pass::grad_input) return FlatForm::pairs;
+  return kernels.splits && w.in <= 2 * w.out ? FlatForm::split : FlatForm::halves;
 }
 
 int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes) {
-  if (form == FlatForm::lines) return ceil_div(h.out * w.out, lanes);
+  if (form == FlatForm::lines || form == FlatForm::split) return ceil_div(h.out * w.out, lanes);
   if (form == FlatForm::halves) return ceil_div(h.out * ceil_div(w.out, half_of(w, lanes)), 2);
   int64_t vectors = 0;
   for (int64_t phase = 0; phase < std::min(h.stride, h.in); ++phase)
@@ -234,9 +258,14 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
                  const FlatKernels& kernels) {
   const bool backwards = pass == Pass::grad_input;
   const AxisTaps kh = taps_of(h, backwards), kw = taps_of(w, backwards);
-  a.cells = backwards ? h.out * w.out : h.in * w.in;
+  const bool split = a.form == FlatForm::split;
+  a.cells = backwards || split ? h.out * w.out : h.in * w.in;
   a.vectors = flat_vectors(a.form, h, w, kernels.lanes);
-  place_taps(a, tables, kh, kw, backwards ? w.out : w.in);
+  if (split)
+    place_parts(a, tables, kh, kw);
+  else
+    place_taps(tables, kh, kw, backwards ? w.out : w.in);
+  bound_taps(a, tables);
   if (a.form == FlatForm::pairs) return place_pairs(a, tables, h, w, kernels.lanes);
   LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors);
   if (a.form == FlatForm::halves) {

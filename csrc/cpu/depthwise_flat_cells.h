@@ -11,7 +11,7 @@ namespace voxconv {
 // Vectors of a tile, at most; of halves and pairs.
 constexpr int64_t kTileVectors = 4, kStepVectors = 2;
 
-FlatForm flat_form(const Axis& h, const Axis& w, Pass pass);
+FlatForm flat_form(const Axis& h, const Axis& w, Pass pass, const FlatKernels& kernels);
 
 // Vectors of a plane.
 int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes);
@@ -20,7 +20,7 @@ int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes)
 struct FlatTables {
   std::vector<FlatRows> rows;
   std::vector<FlatRun> runs;
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> offsets, split_first, parts;  // parts: of the taps
   std::vector<uint16_t> masks;
   std::vector<int64_t> half_from, half_to, half_cells;
   std::vector<FlatStep> steps;
@@ -32,5 +32,8 @@ struct FlatTables {
 // which is set before.
 void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, Pass pass,
                  const FlatKernels& kernels);
+
+// Moves the taps of the split form to their parts of a copied plane, once a.split.step is known.
+void part_taps(FlatArgs& a, FlatTables& tables);
 
 }  // namespace voxconv

@@ -47,6 +47,14 @@ constexpr int kChains = 8;
 template <int K, int N>
 constexpr int kPartial = clamp((kRegisters - N - 2) / K, 1, (kChains + K - 1) / K);
 
+// Taps of a run that are held in registers at a time. The multiply-adds of one tile wait for each
+// other, those of the next taps need not: with few registers for sums, short runs overlap better.
+constexpr int kTapsHeld = kRegisters == 32 ? 32 : 4;
+constexpr int taps_at_a_time(int taps) {
+  const int parts = (taps + kTapsHeld - 1) / kTapsHeld;
+  return (taps + parts - 1) / parts;
+}
+
 // Makes the compiler hold v in a register from here on. Without it GCC reads a cell from memory
 // again for each multiply-add that uses it (one load each: the load port becomes the limit), and
 // keeps sixteen store addresses alive across the loop.
