@@ -71,6 +71,8 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
       const int64_t end = std::min(begin + a.piece_vectors, vectors);
       most = std::max(most, a.last_cell(end, kernels.lanes) - a.first_cell(begin, kernels.lanes));
     }
+    if (a.form == FlatForm::merged)
+      a.split.step = odd_lines(a.piece_vectors * kernels.lanes + kernels.lanes, kernels.lanes);
     if (a.form == FlatForm::split) {
       a.split.step = odd_lines(most + kernels.lanes, kernels.lanes);
       most = 2 * a.split.count * a.split.step;
@@ -81,7 +83,8 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
   cut(pieces);
   a.chunk_tiles = 1;
   const auto copies = [&] {
-    return a.gather * a.most_runs * a.most_planes * a.copy_step * kernels.item_bytes;
+    return (a.gather * a.most_runs * a.most_planes * a.copy_step + a.merged_cells()) *
+           kernels.item_bytes;
   };
   if (a.form == FlatForm::pairs) return;
   while (a.piece_vectors > kPieceVectors &&
@@ -118,7 +121,7 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   } else if (a.form == FlatForm::halves) {
     if (round_up(most_rows, kernels.step_tall) == round_up(most_rows, 4))
       a.tile_rows = kernels.step_tall;
-  } else if (a.form == FlatForm::split || (a.form == FlatForm::lines && most_rows > 4 && (!competing || a.apart))) {
+  } else if (a.form == FlatForm::split || ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 && (!competing || a.apart))) {
     a.tile_rows = kernels.tall;
   }
   a.most_planes = a.tile_rows + longest - 1;
@@ -159,11 +162,15 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   cut_pieces(a, kernels, pass);
   part_taps(a, tables);
   const int64_t lanes = kernels.lanes;
+  // Vectors that are written together.
+  const int64_t wide = a.form == FlatForm::merged ? 2 * lanes : lanes;
   const bool aligned =
-      a.target.d % lanes == 0 && a.target.c % lanes == 0 && a.target.n % lanes == 0 &&
-      (a.form == FlatForm::lines || (a.form == FlatForm::pairs && w.in % lanes == 0));
-  a.past_caches = pass != Pass::grad_weight && !widened && aligned && a.most_runs * a.gather == 1 &&
-                  past_caches(target, lanes);
+      a.target.d % wide == 0 && a.target.c % wide == 0 && a.target.n % wide == 0 &&
+      (a.form == FlatForm::lines ||
+       ((a.form == FlatForm::merged || a.form == FlatForm::pairs) && w.in % wide == 0));
+  a.past_caches = pass != Pass::grad_weight && !widened && aligned &&
+                  (a.form == FlatForm::merged || a.most_runs * a.gather == 1) &&
+                  past_caches(target, wide);
   return result;
 }
 

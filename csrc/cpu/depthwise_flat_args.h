@@ -8,8 +8,9 @@ namespace voxconv {
 // Lines: neighbours in the target are neighbours in the source. With a stride of 2 along w, vectors
 // are two halves of neighbours in a line. Halves: the source is read a half of a vector at a time.
 // Split: as lines, of a copy of the source that has its even and its odd columns, and the lines that
-// different taps read, apart. Pairs: of destinations, two for each lane.
-enum class FlatForm { none, lines, halves, split, pairs };
+// different taps read, apart. Merged: the same of the target, which is put together afterwards.
+// Pairs: of destinations, two for each lane.
+enum class FlatForm { none, lines, halves, split, merged, pairs };
 
 // Vectors of a plane that a tile of grad_weight takes, where planes are lines.
 constexpr int64_t kWeightStrip = 16;
@@ -47,13 +48,20 @@ struct FlatPhase {
   int64_t begin, end, step_begin, step_end, mask_begin;
 };
 
-// A copied plane of the split form: parts of `step` cells, an even and an odd one for each of the
-// `count` sets of lines first[i], first[i] + stride, ... of the source that taps read. Lines of a
-// part have as many cells as those of the target.
+// A plane of x in parts of `step` cells: an even and an odd one for each of the `count` sets of
+// lines first[i], first[i] + stride, ... that are needed of it. Lines of a part have as many cells
+// as those of grad.
 struct FlatSplit {
   const int64_t* first;
   int64_t count, stride, step, line;
-  int64_t lines, columns;  // of the source
+  int64_t lines, columns;  // of x
+};
+
+// Destinations of a plane with the same taps, taps first_tap, first_tap + 1, ... of a plane, and
+// their masks. There is one part, but for the merged form: then it has the lines line, line +
+// split.stride, ... of the target, and its columns column, column + 2, ...
+struct FlatPart {
+  int64_t first_tap, taps, mask_begin, cells, line, column;
 };
 
 // The same as CorrelateArgs for planes that lie in memory without gaps. Tap t of a plane reads cell
@@ -73,8 +81,11 @@ struct FlatArgs : PassTensors {
   int64_t cells, vectors;          // of a plane, of a destination plane
   int64_t line, strip;             // cells of a line, and of what is visited of it at a time
   FlatSplit split;
+  const FlatPart* parts;
+  int64_t part_count;
   const int64_t* offsets;
   const uint16_t* masks;
+  const int64_t* tap_order;  // the weight's taps in the order of the others; null: they are in it
   int64_t before, after;  // farthest offsets
   // Memory in place is asked for while a tile is summed: that many cells further on in its planes
   // (0: it is not), or the same cells of the planes of the next tile.
@@ -94,6 +105,10 @@ struct FlatArgs : PassTensors {
   int64_t pieces, piece_vectors;  // a plane is cut into
   int64_t chunk_tiles;            // of a unit
 
+  // Cells of the parts of a merged tile.
+  int64_t merged_cells() const {
+    return form == FlatForm::merged ? part_count * tile_rows * split.step : 0;
+  }
   // The cells that vectors [begin, end) read are [first_cell, last_cell); of the split form, those
   // of the lines that have them.
   int64_t first_cell(int64_t begin, int64_t lanes) const {
@@ -156,7 +171,7 @@ struct FlatKernels {
   void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
   // Planes of a tile at most; those of grad_weight have 4 of them for longer runs than that.
   int64_t tall, tall_run, step_tall, step_tall_run;  // as lines, as halves
-  bool splits;  // rather than to make vectors of halves
+  bool splits;  // rather than to make vectors of halves, and merges
 };
 
 // The kernels for this processor.

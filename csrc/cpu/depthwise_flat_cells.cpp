@@ -207,11 +207,45 @@ void place_parts(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisT
     for (const AxisTap& kw : w) {
       const int64_t column = floor_div(kw.first, 2);
       tables.offsets.push_back(line * kw.targets + column);
-      tables.parts.push_back(2 * part + kw.first - 2 * column);
+      tables.tap_parts.push_back(2 * part + kw.first - 2 * column);
     }
   }
   a.split = {first.data(),        static_cast<int64_t>(first.size()), h[0].stride, 0,
              w[0].targets, h[0].cells, w[0].cells};
+}
+
+// Taps of an axis that destinations phase, phase + stride, ... of a pass backwards have, and which
+// they are.
+std::pair<AxisTaps, std::vector<int64_t>> taps_of_phase(const Axis& axis, int64_t stride,
+                                                        int64_t phase, int64_t targets) {
+  std::pair<AxisTaps, std::vector<int64_t>> taps;
+  for (int64_t k = 0; k < axis.kernel; ++k)
+    if (const int64_t first = phase + axis.before - k * axis.dilation; first % stride == 0) {
+      taps.first.push_back({first / stride, 1, axis.out, targets});
+      taps.second.push_back(k);
+    }
+  return taps;
+}
+
+// The parts of the merged form, their taps and their lanes.
+void place_merged(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, int64_t lanes) {
+  for (int64_t line = 0; line < std::min(h.stride, h.in); ++line)
+    for (int64_t column = 0; column < 2; ++column) {
+      const int64_t lines = ceil_div(h.in - line, h.stride), cells = lines * w.out;
+      const auto [kh, rows] = taps_of_phase(h, h.stride, line, lines);
+      const auto [kw, columns] = taps_of_phase(w, 2, column, w.out);
+      tables.parts.push_back({static_cast<int64_t>(tables.offsets.size()),
+                              static_cast<int64_t>(kh.size() * kw.size()),
+                              static_cast<int64_t>(tables.masks.size()), cells, line, column});
+      place_taps(tables, kh, kw, w.out);
+      for (const int64_t row : rows)
+        for (const int64_t k : columns) tables.tap_order.push_back(row * w.kernel + k);
+      LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors);
+      place_lanes(masks, cells, w.out, lanes);
+      tables.masks.insert(tables.masks.end(), masks.bits.begin(), masks.bits.end());
+    }
+  a.tap_order = tables.tap_order.data();
+  a.split = {nullptr, std::min(h.stride, h.in), h.stride, 0, w.out, h.in, w.in};
 }
 
 void bound_taps(FlatArgs& a, const FlatTables& tables) {
@@ -235,18 +269,21 @@ void place_steps(FlatArgs& a, FlatTables& tables, const Axis& w) {
 }  // namespace
 
 void part_taps(FlatArgs& a, FlatTables& tables) {
-  for (size_t t = 0; t < tables.parts.size(); ++t) tables.offsets[t] += tables.parts[t] * a.split.step;
+  for (size_t t = 0; t < tables.tap_parts.size(); ++t)
+    tables.offsets[t] += tables.tap_parts[t] * a.split.step;
 }
 
 FlatForm flat_form(const Axis& h, const Axis& w, Pass pass, const FlatKernels& kernels) {
   if (h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out) return FlatForm::lines;
   if (w.stride != 2) return FlatForm::none;
-  if (pass == Pass::grad_input) return FlatForm::pairs;
-  return kernels.splits && w.in <= 2 * w.out ? FlatForm::split : FlatForm::halves;
+  const bool splits = kernels.splits && w.in > 1 && w.in <= 2 * w.out;
+  if (pass == Pass::grad_input) return splits ? FlatForm::merged : FlatForm::pairs;
+  return splits ? FlatForm::split : FlatForm::halves;
 }
 
 int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes) {
   if (form == FlatForm::lines || form == FlatForm::split) return ceil_div(h.out * w.out, lanes);
+  if (form == FlatForm::merged) return ceil_div(ceil_div(h.in, h.stride) * w.out, lanes);
   if (form == FlatForm::halves) return ceil_div(h.out * ceil_div(w.out, half_of(w, lanes)), 2);
   int64_t vectors = 0;
   for (int64_t phase = 0; phase < std::min(h.stride, h.in); ++phase)
@@ -258,14 +295,19 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
                  const FlatKernels& kernels) {
   const bool backwards = pass == Pass::grad_input;
   const AxisTaps kh = taps_of(h, backwards), kw = taps_of(w, backwards);
-  const bool split = a.form == FlatForm::split;
+  const bool split = a.form == FlatForm::split, merged = a.form == FlatForm::merged;
   a.cells = backwards || split ? h.out * w.out : h.in * w.in;
   a.vectors = flat_vectors(a.form, h, w, kernels.lanes);
-  if (split)
+  if (merged)
+    place_merged(a, tables, h, w, kernels.lanes);
+  else if (split)
     place_parts(a, tables, kh, kw);
   else
     place_taps(tables, kh, kw, backwards ? w.out : w.in);
   bound_taps(a, tables);
+  if (!merged) tables.parts = {{0, a.taps, 0, a.cells, 0, 0}};
+  a.parts = tables.parts.data();
+  a.part_count = static_cast<int64_t>(tables.parts.size());
   if (a.form == FlatForm::pairs) return place_pairs(a, tables, h, w, kernels.lanes);
   LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors);
   if (a.form == FlatForm::halves) {
@@ -274,9 +316,9 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
     place_halves(a, tables, masks, h, w, kernels.lanes, pass);
   } else {
     place_strips(a, h, w, kernels);
-    place_lanes(masks, a.cells, w.out, kernels.lanes);
+    if (!merged) place_lanes(masks, a.cells, w.out, kernels.lanes);
   }
-  tables.masks = std::move(masks.bits);
+  if (!merged) tables.masks = std::move(masks.bits);
   a.masks = tables.masks.data();
 }
 

@@ -20,7 +20,8 @@ int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes)
 struct FlatTables {
   std::vector<FlatRows> rows;
   std::vector<FlatRun> runs;
-  std::vector<int64_t> offsets, split_first, parts;  // parts: of the taps
+  std::vector<int64_t> offsets, split_first, tap_parts, tap_order;
+  std::vector<FlatPart> parts;
   std::vector<uint16_t> masks;
   std::vector<int64_t> half_from, half_to, half_cells;
   std::vector<FlatStep> steps;

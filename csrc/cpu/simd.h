@@ -234,13 +234,8 @@ VOXCONV_INLINE V multiply_add_where(M, V sum, V a, V b) {
 }
 #endif
 
-// Whether all lanes of V vectors take part, whose masks are `step` apart.
-template <class T, int V>
-VOXCONV_INLINE bool whole_lanes(const uint16_t* masks, int64_t step) {
-  uint16_t all = masks[0];
-  unroll<V - 1>([&](auto v) VOXCONV_INLINE_LAMBDA { all &= masks[(decltype(v)::value + 1) * step]; });
-  return all == (1 << kLanes<T>) - 1;
-}
+template <class T>
+constexpr uint16_t kAllLanes = static_cast<uint16_t>((1 << kLanes<T>)-1);
 
 // Copies fewer elements than a vector has.
 template <class T, class A, class B>
