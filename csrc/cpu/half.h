@@ -25,9 +25,10 @@ inline uint32_t bits_of_float(float value) {
 }
 
 inline float bfloat16_to_float(uint16_t bits) { return float_from_bits(uint32_t(bits) << 16); }
+constexpr uint16_t kBf16Nan = 0x7fc0;  // torch makes this one of every NaN
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = bits_of_float(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return kBf16Nan;
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 

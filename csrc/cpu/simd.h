@@ -140,10 +140,9 @@ VOXCONV_INLINE void finish_streams() {}
 #endif
 VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
   const VecU32 bits = (VecU32)v;
-  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const VecU32 nan = (VecU32)((VecI32)(bits & 0x7fffffffu) > 0x7f800000);
-  const VecU32 quiet = (bits >> 16) | 0x40u;
-  const HalfVecU16 half = __builtin_convertvector((rounded & ~nan) | (quiet & nan), HalfVecU16);
+  const VecU32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  const VecU32 result = v != v ? VecU32{} + (uint32_t(kBf16Nan) << 16) : rounded;
+  const HalfVecU16 half = __builtin_convertvector(result >> 16, HalfVecU16);
   __builtin_memcpy(p, &half, sizeof half);
 }
 VOXCONV_INLINE void store(F16* p, Vec<float> v) {
