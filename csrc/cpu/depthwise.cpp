@@ -25,8 +25,9 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 // cells do not compete for the caches, being no power of two of vectors, it is better to take one
 // after the other: rows are shorter, and pieces larger. So it is where that many taps of d and h
 // take longer than a source of not more than that, which need not be asked for, either. Measured.
-// Vectors that share a cache line stay together.
-constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20, kLine = 64;
+// Vectors that share a cache line stay together; larger sources of whole ones than that had better
+// be staged.
+constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20, kLine = 64, kPartsBytes = 4 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -84,8 +85,11 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
                                          const Tensor& source, const Tensor& target) {
   const DepthwiseKernels* kernels = channels_last_kernels(element_of(source));
   // A last block that is not full overlaps the one before, which then has to be in its group.
-  const bool full = map.channels % map.lanes == 0 || map.blocks_per_item() <= kMostGroup;
-  const bool suits = shape.mode == kZeros && shape.multiplier == 1 && full &&
+  const bool whole = map.channels % map.lanes == 0;
+  const bool full = whole || map.blocks_per_item() <= kMostGroup;
+  const int64_t bytes = source.numel() * static_cast<int64_t>(source.element_size());
+  const bool parts = map.lanes * sizeof(float) < kLine && whole && bytes > kPartsBytes;
+  const bool suits = shape.mode == kZeros && shape.multiplier == 1 && full && !parts &&
                      map.channels >= map.lanes && is_channels_last_3d(source) &&
                      is_channels_last_3d(target) &&
                      shape.axis[0].kernel * shape.axis[1].kernel <= kInPlaceTaps &&
