@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -149,10 +150,42 @@ struct Cropped {
       smaller |= kernel.back() < a.kernel;
     }
   }
-  // What is left of a weight.
-  Tensor of(Tensor weight) const {
-    for (int i = 0; i < 3; ++i) weight = torch::stable::narrow(weight, 2 + i, first[i], kernel[i]);
-    return weight;
+  // What is left of a contiguous weight.
+  Tensor of(const Tensor& weight) const {
+    Tensor left = empty_5d(
+        weight, {weight.size(0), weight.size(1), kernel[0], kernel[1], kernel[2]}, false);
+    for_each_run(weight, [&, to = static_cast<char*>(left.mutable_data_ptr()),
+                          from = static_cast<const char*>(weight.data_ptr())](
+                             int64_t whole, int64_t cropped, int64_t bytes) {
+      std::memcpy(to + cropped, from + whole, bytes);
+    });
+    return left;
+  }
+  // Puts it back; the other taps stay as they are.
+  void put(const Tensor& left, Tensor& weight) const {
+    for_each_run(weight, [to = static_cast<char*>(weight.mutable_data_ptr()),
+                          from = static_cast<const char*>(left.data_ptr())](
+                             int64_t whole, int64_t cropped, int64_t bytes) {
+      std::memcpy(to + whole, from + cropped, bytes);
+    });
+  }
+
+ private:
+  // f(byte of the weight, byte of what is left of it, bytes) for taps that are neighbours in both.
+  template <class F>
+  void for_each_run(const Tensor& weight, const F& f) const {
+    const int64_t item = weight.element_size(), filters = weight.size(0) * weight.size(1);
+    const int64_t planes = weight.size(2), h = weight.size(3), w = weight.size(4);
+    const int64_t lines = kernel[2] == w ? 1 : kernel[1];  // of a plane, else it is one run
+    const int64_t run = item * kernel[2] * kernel[1] / lines;
+    constexpr int64_t kGrainRuns = 1 << 12;
+    parallel_for(filters, kGrainRuns / (kernel[0] * lines), [&](int64_t begin, int64_t end) {
+      int64_t cropped = begin * kernel[0] * lines * run;
+      for (int64_t filter = begin; filter < end; ++filter)
+        for (int64_t d = first[0]; d < first[0] + kernel[0]; ++d)
+          for (int64_t line = first[1]; line < first[1] + lines; ++line, cropped += run)
+            f(item * (((filter * planes + d) * h + line) * w + first[2]), cropped, run);
+    });
   }
 };
 
