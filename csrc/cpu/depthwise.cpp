@@ -180,7 +180,8 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
   const Conv3dShape shape = make_shape(x.size(0), channels, filters / channels, in, kernel, stride,
                                        padding, dilation, mode);
   if (const Cropped crop(shape); crop.smaller)
-    return depthwise_forward(x, crop.of(contiguous(weight)), bias, stride, crop.padding, dilation, mode);
+    return depthwise_forward(x, crop.of(contiguous(weight)), bias, stride, crop.padding, dilation,
+                             mode);
   const Axis* axis = shape.axis;
   Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
   run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), y);
@@ -206,8 +207,8 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
       grad.size(2) == axis[0].out && grad.size(3) == axis[1].out && grad.size(4) == axis[2].out,
       "voxconv: grad does not have the size of the output");
   if (const Cropped crop(shape); crop.smaller)
-    return depthwise_grad_input(grad, crop.of(contiguous(weight)), size, stride, crop.padding, dilation, mode,
-                                bias);
+    return depthwise_grad_input(grad, crop.of(contiguous(weight)), size, stride, crop.padding,
+                                dilation, mode, bias);
   Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
   run_correlate(shape, Pass::grad_input, grad, contiguous(weight),
                 checked_bias(bias, grad, channels), x);

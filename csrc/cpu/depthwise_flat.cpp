@@ -115,13 +115,16 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
     if (a.form == FlatForm::halves) {
       if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
         a.tile_rows = kernels.step_tall;
-    } else if (longest <= kernels.tall_run && (a.form == FlatForm::split || !competing || a.apart)) {
+    } else if (longest <= kernels.tall_run &&
+               (a.form == FlatForm::split || !competing || a.apart)) {
       a.tile_rows = kernels.tall;
     }
   } else if (a.form == FlatForm::halves) {
     if (round_up(most_rows, kernels.step_tall) == round_up(most_rows, 4))
       a.tile_rows = kernels.step_tall;
-  } else if (a.form == FlatForm::split || ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 && (!competing || a.apart))) {
+  } else if (a.form == FlatForm::split ||
+             ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 &&
+              (!competing || a.apart))) {
     a.tile_rows = kernels.tall;
   }
   a.most_planes = a.tile_rows + longest - 1;

@@ -7,9 +7,9 @@ namespace voxconv {
 
 // Lines: neighbours in the target are neighbours in the source. With a stride of 2 along w, vectors
 // are two halves of neighbours in a line. Halves: the source is read a half of a vector at a time.
-// Split: as lines, of a copy of the source that has its even and its odd columns, and the lines that
-// different taps read, apart. Merged: the same of the target, which is put together afterwards.
-// Pairs: of destinations, two for each lane.
+// Split: as lines, of a copy of the source that has its even and its odd columns, and the lines
+// that different taps read, apart. Merged: the same of the target, which is put together
+// afterwards. Pairs: of destinations, two for each lane.
 enum class FlatForm { none, lines, halves, split, merged, pairs };
 
 // Vectors of a plane that a tile of grad_weight takes, where planes are lines.
@@ -86,7 +86,7 @@ struct FlatArgs : PassTensors {
   const int64_t* offsets;
   const uint16_t* masks;
   const int64_t* tap_order;  // the weight's taps in the order of the others; null: they are in it
-  int64_t before, after;  // farthest offsets
+  int64_t before, after;     // farthest offsets
   // Memory in place is asked for while a tile is summed: that many cells further on in its planes
   // (0: it is not), or the same cells of the planes of the next tile.
   int64_t ahead;

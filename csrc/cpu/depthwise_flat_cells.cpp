@@ -210,8 +210,9 @@ void place_parts(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisT
       tables.tap_parts.push_back(2 * part + kw.first - 2 * column);
     }
   }
-  a.split = {first.data(),        static_cast<int64_t>(first.size()), h[0].stride, 0,
-             w[0].targets, h[0].cells, w[0].cells};
+  a.split = {
+      first.data(), static_cast<int64_t>(first.size()), h[0].stride, 0, w[0].targets, h[0].cells,
+      w[0].cells};
 }
 
 // Taps of an axis that destinations phase, phase + stride, ... of a pass backwards have, and which

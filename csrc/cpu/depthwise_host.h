@@ -152,8 +152,8 @@ struct Cropped {
   }
   // What is left of a contiguous weight.
   Tensor of(const Tensor& weight) const {
-    Tensor left = empty_5d(
-        weight, {weight.size(0), weight.size(1), kernel[0], kernel[1], kernel[2]}, false);
+    Tensor left =
+        empty_5d(weight, {weight.size(0), weight.size(1), kernel[0], kernel[1], kernel[2]}, false);
     for_each_run(weight, [&, to = static_cast<char*>(left.mutable_data_ptr()),
                           from = static_cast<const char*>(weight.data_ptr())](
                              int64_t whole, int64_t cropped, int64_t bytes) {

@@ -70,8 +70,8 @@ VOXCONV_INLINE void pin(V& v) {
 #endif
 }
 
-// What is read through p from here on is read from here on, and not ahead of a branch that both ways
-// of it read the same after.
+// What is read through p from here on is read from here on, and not ahead of a branch that both
+// ways of it read the same after.
 template <class U>
 VOXCONV_INLINE void stay(const U*& p) {
   asm volatile("" : "+r"(p));
