@@ -263,6 +263,7 @@ ODD = _tagged(
         _dw("dw3_stride2_wide", 3, 2, (4, 5, 67), stride=2),
         _dw("dw3_stride2_pieces", 3, 2, (3, 50, 100), stride=2),
         _dw("dw3_stride2_long_lines", 3, 1, (4, 7, 2000), stride=2),
+        _dw("dw1_stride132_flat", (1, 1, 3), 2, (3, 1, 12), padding=(0, 1, 1), stride=(1, 3, 2)),
         _dw("dw3_stride2_valid", 3, 2, (8, 9, 22), padding=0, stride=2),
         _dw("dw5_stride2_deep", 5, 2, (50, 4, 9), stride=2),
         _dw("dw3_c16_stride2", 3, 16, (9, 7, 32), stride=2),

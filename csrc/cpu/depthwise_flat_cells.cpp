@@ -230,7 +230,7 @@ std::pair<AxisTaps, std::vector<int64_t>> taps_of_phase(const Axis& axis, int64_
 
 // The parts of the merged form, their taps and their lanes.
 void place_merged(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, int64_t lanes) {
-  for (int64_t line = 0; line < std::min(h.stride, h.in); ++line)
+  for (int64_t line = 0; line < h.stride; ++line)
     for (int64_t column = 0; column < 2; ++column) {
       const int64_t lines = ceil_div(h.in - line, h.stride), cells = lines * w.out;
       const auto [kh, rows] = taps_of_phase(h, h.stride, line, lines);
@@ -246,7 +246,7 @@ void place_merged(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w,
       tables.masks.insert(tables.masks.end(), masks.bits.begin(), masks.bits.end());
     }
   a.tap_order = tables.tap_order.data();
-  a.split = {nullptr, std::min(h.stride, h.in), h.stride, 0, w.out, h.in, w.in};
+  a.split = {nullptr, h.stride, h.stride, 0, w.out, h.in, w.in};
 }
 
 void bound_taps(FlatArgs& a, const FlatTables& tables) {
