@@ -27,7 +27,7 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 // take longer than a source of not more than that, which need not be asked for, either. Measured.
 // Vectors that share a cache line stay together; larger sources of whole ones than that had better
 // be staged.
-constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20, kLine = 64, kPartsBytes = 4 << 20;
+constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20, kPartsBytes = 4 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -88,7 +88,7 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
   const bool whole = map.channels % map.lanes == 0;
   const bool full = whole || map.blocks_per_item() <= kMostGroup;
   const int64_t bytes = source.numel() * static_cast<int64_t>(source.element_size());
-  const bool parts = map.lanes * sizeof(float) < kLine && whole && bytes > kPartsBytes;
+  const bool parts = kernels && kernels->cell_bytes < kLineBytes && whole && bytes > kPartsBytes;
   const bool suits = shape.mode == kZeros && shape.multiplier == 1 && full && !parts &&
                      map.channels >= map.lanes && is_channels_last_3d(source) &&
                      is_channels_last_3d(target) &&
@@ -106,7 +106,7 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, c
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps && bytes <= kNearBytes;
   const bool compete = (blocks & (blocks - 1)) == 0;
   const bool apart = map.channels % map.lanes == 0 && (busy || !compete);
-  int64_t group = apart ? std::max<int64_t>(1, kLine / cell_bytes) : kMostGroup;
+  int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;
   group = std::min(group, blocks);
   while (blocks % group != 0) --group;  // threads get equal shares

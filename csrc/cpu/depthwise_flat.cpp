@@ -108,15 +108,15 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  const bool competing = planes_compete(a, kernels.item_bytes);
+  const bool competing =
+      a.form != FlatForm::split && planes_compete(a, kernels.item_bytes);  // split ones are copies
   a.apart = competing && longest + 3 >= kWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {
     if (a.form == FlatForm::halves) {
       if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
         a.tile_rows = kernels.step_tall;
-    } else if (longest <= kernels.tall_run &&
-               (a.form == FlatForm::split || !competing || a.apart)) {
+    } else if (longest <= kernels.tall_run && (!competing || a.apart)) {
       a.tile_rows = kernels.tall;
     }
   } else if (a.form == FlatForm::halves) {

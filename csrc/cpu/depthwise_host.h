@@ -43,14 +43,16 @@ inline void advise_huge_pages(const Tensor& tensor) {
 #endif
 }
 
+constexpr int64_t kLineBytes = 64;  // of the caches
+
 // Whether a target is so large that it is written past the caches, where it would take the place of
 // what is read (the C library copies so, too), and begins with an aligned vector. Vectors are whole
 // cache lines: parts of many lines at a time halve the rate of memory.
 inline bool past_caches(const Tensor& target, int64_t lanes) {
-  constexpr int64_t kBytes = 16 << 20, kLine = 64;
+  constexpr int64_t kBytes = 16 << 20;
   const int64_t item = target.element_size();
-  return lanes * item == kLine && target.numel() * item >= kBytes &&
-         reinterpret_cast<uintptr_t>(target.data_ptr()) % kLine == 0;
+  return lanes * item == kLineBytes && target.numel() * item >= kBytes &&
+         reinterpret_cast<uintptr_t>(target.data_ptr()) % kLineBytes == 0;
 }
 
 inline Strided strided(const Tensor& tensor) {
