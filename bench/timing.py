@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+import _path  # noqa: F401
+import voxconv
+
 Call = Callable[[], Any]
 
 TURN = 0.05  # seconds a contestant keeps the machine before the next one has its turn
@@ -66,8 +69,8 @@ class Peak:
     """Peak memory over a block, less what was held at its start: ``.mb``, None if not known.
 
     CPU: the resident set's high-water mark, which Linux lets a process reset. It sees torch's
-    tensors, oneDNN's scratch and C++ vectors alike, to about 0.3 MB. Free heap pages are handed
-    back first, so a block cannot hide in them. CUDA: the caching allocator's own peak.
+    tensors, oneDNN's scratch and C++ vectors alike, to about 0.3 MB. Free heap pages and voxconv's
+    cache are handed back first, so a block cannot hide in them. CUDA: the caching allocator's own peak.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -80,6 +83,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / 2**20
             return self
+        voxconv.empty_cache()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         self.before = math.nan

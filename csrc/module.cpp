@@ -1,13 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// An empty Python module: importing voxconv._C loads the library, whose static initialisers
-// register the kernels with torch (STABLE_TORCH_LIBRARY_IMPL in csrc/*/<op>).
+// The Python module voxconv._C. Importing it loads the library, whose static initialisers register
+// the kernels with torch (STABLE_TORCH_LIBRARY_IMPL in csrc/*/<op>).
 #include <Python.h>
+
+#include "cpu/result_memory.h"
+
+namespace {
+
+PyObject* empty_cache(PyObject*, PyObject*) {
+  voxconv::empty_result_cache();
+  Py_RETURN_NONE;
+}
+
+}  // namespace
 
 extern "C"
 #ifndef _WIN32
     __attribute__((visibility("default")))
 #endif
     PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  static PyMethodDef methods[] = {{"empty_cache", empty_cache, METH_NOARGS, nullptr}, {}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -32,6 +33,7 @@ def _poison_malloc() -> None:
 
 _poison_torch()
 _poison_malloc()
+os.environ["VOXCONV_CACHE_MIB"] = "0"  # results in memory that is used again would hold old results
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,10 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 #include <array>
 #include <cstdint>
 #include <type_traits>
@@ -49,30 +53,67 @@ inline bool is_channels_last_3d(const Tensor& tensor) {
   return true;
 }
 
-// Missing: a cheap empty(MemoryFormat); torch::stable::empty is a boxed call, 0.8 us dearer than
-// this. Five axes, dtype and device of `like`, NCDHW or channels_last_3d, uninitialised.
-inline Tensor empty_5d(const Tensor& like, const std::array<int64_t, 5>& sizes,
-                       bool channels_last_3d) {
-  static constexpr int kOrder[2][5] = {{4, 3, 2, 1, 0}, {1, 4, 3, 2, 0}};
-  std::array<int64_t, 5> strides;
-  int64_t stride = 1;
-  for (int axis : kOrder[channels_last_3d]) {
-    strides[axis] = stride;
-    stride *= sizes[axis] > 1 ? sizes[axis] : 1;
-  }
+// What an output takes from a tensor argument of its op, and its sizes.
+struct Layout5d {
+  std::array<int64_t, 5> sizes, strides;
   int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+
+  // Five axes, dtype and device of `like`, NCDHW or channels_last_3d.
+  Layout5d(const Tensor& like, const std::array<int64_t, 5>& sizes, bool channels_last_3d)
+      : sizes(sizes) {
+    static constexpr int kOrder[2][5] = {{4, 3, 2, 1, 0}, {1, 4, 3, 2, 0}};
+    int64_t stride = 1;
+    for (int axis : kOrder[channels_last_3d]) {
+      strides[axis] = stride;
+      stride *= sizes[axis] > 1 ? sizes[axis] : 1;
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  }
+};
+
+// Missing: a cheap empty(MemoryFormat); torch::stable::empty is a boxed call, 0.8 us dearer than
+// this. Uninitialised.
+inline Tensor empty_5d(const Layout5d& layout) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(5, sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(5, layout.sizes.data(), layout.strides.data(), layout.dtype,
+                               layout.device_type, layout.device_index, &handle));
   return Tensor(handle);
 }
 
-// An output in the layout of `like` (the first tensor argument of an op).
-inline Tensor empty_in_layout_of(const Tensor& like, const std::array<int64_t, 5>& sizes) {
-  return empty_5d(like, sizes, is_channels_last_3d(like));
+inline Tensor empty_5d(const Tensor& like, const std::array<int64_t, 5>& sizes,
+                       bool channels_last_3d) {
+  return empty_5d(Layout5d(like, sizes, channels_last_3d));
+}
+
+// Missing: from_blob with a deleter, which torch has since 2.11. Linking to it would end our life with
+// torch 2.10: it is looked up, and null there.
+using FromBlob = AOTITorchError (*)(void* data, int64_t ndim, const int64_t* sizes,
+                                    const int64_t* strides, int64_t storage_offset, int32_t dtype,
+                                    int32_t device_type, int32_t device_index,
+                                    AtenTensorHandle* result, int32_t layout,
+                                    const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+                                    void (*deleter)(void* data, void* context), void* context);
+inline FromBlob find_from_blob() {
+#if defined(__linux__)
+  static const auto found = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// A tensor in `memory`; `deleter(memory, context)` is called with the last reference to it.
+inline Tensor tensor_in(FromBlob from_blob, void* memory, const Layout5d& layout,
+                        void (*deleter)(void*, void*), void* context) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      from_blob(memory, 5, layout.sizes.data(), layout.strides.data(), 0, layout.dtype,
+                layout.device_type, layout.device_index, &handle, aoti_torch_layout_strided(),
+                nullptr, 0, deleter, context));
+  return Tensor(handle);
 }
 
 template <typename T>

@@ -10,6 +10,7 @@
 #include "depthwise_flat.h"
 #include "depthwise_host.h"
 #include "depthwise_rows.h"
+#include "result_memory.h"
 #include "scratch.h"
 
 namespace voxconv {
@@ -125,7 +126,6 @@ LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_
 void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
                    const std::optional<Tensor>& bias, Tensor& target) {
   if (target.numel() == 0) return;
-  advise_huge_pages(target);
   const DepthwiseKernels& staged = depthwise_kernels(element_of(source));
   const LaneMap map = make_lanes(source, shape.batch, target.size(1), staged.lanes);
   const void* start = bias ? bias->data_ptr() : nullptr;
@@ -183,7 +183,7 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
     return depthwise_forward(x, crop.of(contiguous(weight)), bias, stride, crop.padding, dilation,
                              mode);
   const Axis* axis = shape.axis;
-  Tensor y = empty_in_layout_of(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
+  Tensor y = empty_result(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
   run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), y);
   return y;
 }
@@ -209,7 +209,7 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
   if (const Cropped crop(shape); crop.smaller)
     return depthwise_grad_input(grad, crop.of(contiguous(weight)), size, stride, crop.padding,
                                 dilation, mode, bias);
-  Tensor x = empty_in_layout_of(grad, {shape.batch, channels, size[0], size[1], size[2]});
+  Tensor x = empty_result(grad, {shape.batch, channels, size[0], size[1], size[2]});
   run_correlate(shape, Pass::grad_input, grad, contiguous(weight),
                 checked_bias(bias, grad, channels), x);
   return x;

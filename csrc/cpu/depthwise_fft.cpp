@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "depthwise_host.h"
+#include "result_memory.h"
 #include "scratch.h"
 #include "spectral_args.h"
 #include "spectral_plan.h"
@@ -215,11 +216,10 @@ Tensor depthwise_forward_fft(const Tensor& x, const Tensor& weight,
   const Conv3dShape shape =
       make_shape(batch, channels, filters / channels, in, kernel, stride, padding, dilation, mode);
   const Axis* axis = shape.axis;
-  Tensor y = empty_in_layout_of(x, {batch, filters, axis[0].out, axis[1].out, axis[2].out});
+  Tensor y = empty_result(x, {batch, filters, axis[0].out, axis[1].out, axis[2].out});
   const Tensor w = contiguous(weight);
   const std::optional<Tensor> b = checked_bias(bias, x, filters);
   if (y.numel() == 0) return y;
-  advise_huge_pages(y);
   Convolution c{operand(x), weight_operand(w),
                 operand(y), b ? b->data_ptr() : nullptr,
                 1,          {batch, filters, 0, is_channels_last_3d(x)}};
@@ -245,11 +245,10 @@ Tensor depthwise_grad_input_fft(const Tensor& grad, const Tensor& weight,
   const Conv3dShape shape =
       make_shape(batch, channels, multiplier, size.data(), kernel, stride, padding, dilation, mode);
   check_output(shape, grad);
-  Tensor x = empty_in_layout_of(grad, {batch, channels, size[0], size[1], size[2]});
+  Tensor x = empty_result(grad, {batch, channels, size[0], size[1], size[2]});
   const Tensor w = contiguous(weight);
   const std::optional<Tensor> b = checked_bias(bias, grad, channels);
   if (x.numel() == 0) return x;
-  advise_huge_pages(x);
   Convolution c{operand(grad), weight_operand(w),
                 operand(x),    b ? b->data_ptr() : nullptr,
                 multiplier,    {batch, channels, 0, is_channels_last_3d(grad)}};

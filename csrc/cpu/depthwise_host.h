@@ -3,11 +3,8 @@
 #pragma once
 #include "../common/stable.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -26,21 +23,6 @@ inline Element element_of(const Tensor& tensor) {
   }
   VOXCONV_CHECK(false, "voxconv: dtype must be float32, float64, bfloat16 or float16");
   return Element::f32;
-}
-
-// A large result is fresh memory, and a page fault for every 4 KiB of it costs more than many a
-// convolution: ask for huge pages where the system leaves that to us.
-inline void advise_huge_pages(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)tensor;
-#endif
 }
 
 constexpr int64_t kLineBytes = 64;  // of the caches

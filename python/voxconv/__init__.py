@@ -13,6 +13,7 @@ from . import nn, reference
 from ._dispatch import use_backend
 from .convert import convert, revert
 from .functional import conv3d, conv_transpose3d, depthwise_conv3d, explain
+from .memory import empty_cache
 
 try:
     __version__ = version("voxconv")
@@ -25,6 +26,7 @@ __all__ = [
     "conv_transpose3d",
     "convert",
     "depthwise_conv3d",
+    "empty_cache",
     "explain",
     "nn",
     "reference",

@@ -109,6 +109,11 @@ def has_cpu() -> bool:
     return _missing is None
 
 
+def empty_cache() -> None:
+    """Free what the compiled part keeps for later results (see `voxconv.empty_cache`)."""
+    importlib.import_module("voxconv._C").empty_cache()
+
+
 def missing_reason() -> str | None:
     """Why the compiled part is not in use; None when it is."""
     return _missing

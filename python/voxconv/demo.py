@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ._demo_network import MULTIPLE, build_network
 from .convert import ConvertReport, convert
+from .memory import empty_cache
 
 FORWARDS = 3
 ENOUGH = 10.0  # seconds
@@ -154,6 +155,7 @@ def peak_growth(work: Callable[[], Any]) -> int | None:
     Counts everything, scratch space of libraries included. None where the system cannot tell
     (only Linux lets a process reset its high-water mark).
     """
+    empty_cache()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work freed must not hide the growth
         Path("/proc/self/clear_refs").write_text("5")
