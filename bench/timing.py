@@ -70,7 +70,8 @@ class Peak:
 
     CPU: the resident set's high-water mark, which Linux lets a process reset. It sees torch's
     tensors, oneDNN's scratch and C++ vectors alike, to about 0.3 MB. Free heap pages and voxconv's
-    cache are handed back first, so a block cannot hide in them. CUDA: the caching allocator's own peak.
+    cache are handed back first, so a block cannot hide in them. CUDA: the caching allocator's own
+    peak.
     """
 
     def __init__(self, device: str = "cpu") -> None:

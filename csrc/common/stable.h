@@ -88,8 +88,8 @@ inline Tensor empty_5d(const Tensor& like, const std::array<int64_t, 5>& sizes,
   return empty_5d(Layout5d(like, sizes, channels_last_3d));
 }
 
-// Missing: from_blob with a deleter, which torch has since 2.11. Linking to it would end our life with
-// torch 2.10: it is looked up, and null there.
+// Missing: from_blob with a deleter, which torch has since 2.11. Linking to it would end our life
+// with torch 2.10: it is looked up, and null there.
 using FromBlob = AOTITorchError (*)(void* data, int64_t ndim, const int64_t* sizes,
                                     const int64_t* strides, int64_t storage_offset, int32_t dtype,
                                     int32_t device_type, int32_t device_index,
@@ -109,10 +109,9 @@ inline FromBlob find_from_blob() {
 inline Tensor tensor_in(FromBlob from_blob, void* memory, const Layout5d& layout,
                         void (*deleter)(void*, void*), void* context) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      from_blob(memory, 5, layout.sizes.data(), layout.strides.data(), 0, layout.dtype,
-                layout.device_type, layout.device_index, &handle, aoti_torch_layout_strided(),
-                nullptr, 0, deleter, context));
+  STABLE_TORCH_ERROR_CODE_CHECK(from_blob(
+      memory, 5, layout.sizes.data(), layout.strides.data(), 0, layout.dtype, layout.device_type,
+      layout.device_index, &handle, aoti_torch_layout_strided(), nullptr, 0, deleter, context));
   return Tensor(handle);
 }
 

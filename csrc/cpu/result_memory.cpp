@@ -35,8 +35,8 @@ struct Block {
 };
 
 // Blocks that no tensor uses. MADV_FREE lets the system take their pages back when it runs short;
-// until then they cost nothing to use again. The lock is only ever tried: a child of fork() may find
-// it held by a thread that it does not have.
+// until then they cost nothing to use again. The lock is only ever tried: a child of fork() may
+// find it held by a thread that it does not have.
 class KeptBlocks {
  public:
   size_t limit() const { return limit_; }
