@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "depthwise_flat.h"
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 
 #include "depthwise_flat_cells.h"
@@ -25,8 +29,18 @@ constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
 constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
-// Planes this far apart compete for the same lines of the first cache, which holds that many.
-constexpr int64_t kWayBytes = 4096, kWays = 8;
+// Planes this far apart compete for the same lines of the first cache, which holds as many of them as
+// it has ways: at least that many.
+constexpr int64_t kWayBytes = 4096, kFewestWays = 8;
+
+int64_t first_cache_ways() {
+#if defined(_SC_LEVEL1_DCACHE_ASSOC)
+  static const int64_t ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+  return std::max(ways, kFewestWays);
+#else
+  return kFewestWays;
+#endif
+}
 
 struct FlatPass {
   FlatArgs args;
@@ -108,9 +122,10 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  const bool competing =
-      a.form != FlatForm::split && planes_compete(a, kernels.item_bytes);  // split ones are copies
-  a.apart = competing && longest + 3 >= kWays;
+  const bool competing = a.form != FlatForm::split &&  // split ones are copies
+                         planes_compete(a, kernels.item_bytes) &&
+                         longest + kernels.tall - 1 > first_cache_ways();
+  a.apart = competing && longest + 3 >= kFewestWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {
     if (a.form == FlatForm::halves) {
