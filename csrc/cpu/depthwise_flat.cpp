@@ -29,8 +29,8 @@ constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
 constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
-// Planes this far apart compete for the same lines of the first cache, which holds as many of them as
-// it has ways: at least that many.
+// Planes this far apart compete for the same lines of the first cache, which holds as many of them
+// as it has ways: at least that many.
 constexpr int64_t kWayBytes = 4096, kFewestWays = 8;
 
 int64_t first_cache_ways() {
@@ -110,10 +110,6 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
                             std::max<int64_t>(1, a.tiles * a.pairs * a.pieces / kUnits));
 }
 
-bool planes_compete(const FlatArgs& a, int64_t item_bytes) {
-  return a.source.d * item_bytes % kWayBytes == 0;
-}
-
 // The tiles of destination planes, and what they read.
 void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
                   const FlatKernels& kernels) {
@@ -122,16 +118,16 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  const bool competing = a.form != FlatForm::split &&  // split ones are copies
-                         planes_compete(a, kernels.item_bytes) &&
-                         longest + kernels.tall - 1 > first_cache_ways();
-  a.apart = competing && longest + 3 >= kFewestWays;
+  a.compete = a.form != FlatForm::split &&  // split ones are copies
+              a.source.d * kernels.item_bytes % kWayBytes == 0;
+  const bool crowded = a.compete && longest + kernels.tall - 1 > first_cache_ways();
+  a.apart = crowded && longest + 3 >= kFewestWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {
     if (a.form == FlatForm::halves) {
       if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
         a.tile_rows = kernels.step_tall;
-    } else if (longest <= kernels.tall_run && (!competing || a.apart)) {
+    } else if (longest <= kernels.tall_run && (!crowded || a.apart)) {
       a.tile_rows = kernels.tall;
     }
   } else if (a.form == FlatForm::halves) {
@@ -139,7 +135,7 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
       a.tile_rows = kernels.step_tall;
   } else if (a.form == FlatForm::split ||
              ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 &&
-              (!competing || a.apart))) {
+              (!crowded || a.apart))) {
     a.tile_rows = kernels.tall;
   }
   a.most_planes = a.tile_rows + longest - 1;
@@ -172,8 +168,8 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   place_planes(a, tables, d, pass, kernels);
   place_cells(a, tables, h, w, pass, kernels);
   const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
-  if (!widened && a.form != FlatForm::split && !planes_compete(a, kernels.item_bytes)) {
-    const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
+  const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
+  if (!widened && a.form != FlatForm::split && (strips || !a.compete)) {
     a.ahead = a.after + (strips ? kWeightStrip : kAheadVectors) * kernels.lanes;
     a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }

@@ -100,7 +100,8 @@ struct FlatArgs : PassTensors {
   int64_t phase_count;
   const FlatPairStep* pair_steps;
   bool past_caches;               // the target is written there: its planes are aligned vectors
-  bool apart;                     // planes are copied: in place they compete for cache lines
+  bool compete;                   // planes are so far apart that they do for cache lines
+  bool apart;                     // planes are copied: too many of them compete
   int64_t copy_step;              // of copies, from plane to plane
   int64_t pieces, piece_vectors;  // a plane is cut into
   int64_t chunk_tiles;            // of a unit
