@@ -106,7 +106,8 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, c
   const int64_t bytes = shape.axis[0].in * h.in * shape.axis[2].in * blocks * cell_bytes;
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps && bytes <= kNearBytes;
   const bool compete = (blocks & (blocks - 1)) == 0;
-  const bool apart = map.channels % map.lanes == 0 && (busy || !compete);
+  const bool apart =
+      cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
   int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;
   group = std::min(group, blocks);
