@@ -22,13 +22,14 @@ constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
 // The same for source planes that are read in place, in pieces of that many rows at the least. With
 // more taps of d and h than that it pays to stage them: measured.
 constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25;
-// In place, vectors of neighbouring channels are visited together, in the order of memory. Where
-// cells do not compete for the caches, being no power of two of vectors, it is better to take one
-// after the other: rows are shorter, and pieces larger. So it is where that many taps of d and h
-// take longer than a source of not more than that, which need not be asked for, either. Measured.
-// Vectors that share a cache line stay together; larger sources of whole ones than that had better
-// be staged.
-constexpr int64_t kBusyTaps = 25, kNearBytes = 12 << 20, kPartsBytes = 4 << 20;
+// In place, vectors of neighbouring channels are visited together, in the order of memory. Sources
+// of more than that are asked for ahead of time. With that many taps of d and h, and rows of that
+// many cells, it pays to stage cells that compete for the first cache. Measured.
+constexpr int64_t kFarBytes = 32 << 20, kBusyTaps = 25, kBusyCells = 16;
+// Vectors of a part of a cache line: where cells do not compete, being no power of two of vectors,
+// those of one line are taken after those of the other; so it is with the busy kernels above on a
+// source of not more than kNearBytes. More than kPartsBytes had better be staged. Measured.
+constexpr int64_t kNearBytes = 12 << 20, kPartsBytes = 4 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -81,8 +82,16 @@ Tiling make_tiling(const Links& d, const Links& h, const RowPlan& row, int64_t c
   return tiling;
 }
 
+// Whether the window of a tile is many times what the first cache holds of it: cells, or rows, lie
+// where they fall on few of its lines.
+bool cells_compete(const Conv3dShape& shape, const LaneMap& map, const Tensor& source) {
+  const int64_t cells = source.size(4), bytes = map.channels * source.element_size();
+  return shape.axis[0].kernel * shape.axis[1].kernel >= kBusyTaps && cells >= kBusyCells &&
+         (bytes % (4 * kLineBytes) == 0 || bytes * cells % kWayBytes == 0);
+}
+
 // The kernels for channels-last tensors in place, if they can do a pass and had better.
-const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap& map,
+const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap& map, Pass pass,
                                          const Tensor& source, const Tensor& target) {
   const DepthwiseKernels* kernels = channels_last_kernels(element_of(source));
   // A last block that is not full overlaps the one before, which then has to be in its group.
@@ -94,7 +103,8 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
                      map.channels >= map.lanes && is_channels_last_3d(source) &&
                      is_channels_last_3d(target) &&
                      shape.axis[0].kernel * shape.axis[1].kernel <= kInPlaceTaps &&
-                     shape.axis[2].kernel <= kLongestInPlace;
+                     shape.axis[2].kernel <= kLongestInPlace &&
+                     (pass == Pass::grad_weight || !cells_compete(shape, map, source));
   return suits ? kernels : nullptr;
 }
 
@@ -106,17 +116,17 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, c
   const int64_t bytes = shape.axis[0].in * h.in * shape.axis[2].in * blocks * cell_bytes;
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps && bytes <= kNearBytes;
   const bool compete = (blocks & (blocks - 1)) == 0;
-  const bool apart =
-      cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
+  const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
   int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;
   group = std::min(group, blocks);
   while (blocks % group != 0) --group;  // threads get equal shares
   const int64_t row_bytes = group * row.source_size * cell_bytes;
-  const int64_t sources = kInPlaceBytes / ((d.most_sources() + 1) * row_bytes);
+  const int64_t most_bytes = std::max(kInPlaceBytes, second_cache_bytes() * 3 / 8);
+  const int64_t sources = most_bytes / ((d.most_sources() + 1) * row_bytes);
   const int64_t most = std::max((sources - h.reach()) / h.stride, kInPlaceRows);
   const int64_t tiles = ceil_div(rows, most), tile_rows = ceil_div(rows, tiles);
-  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step, !busy};
+  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step, shape.batch * bytes > kFarBytes};
 }
 
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
@@ -135,7 +145,7 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   const RowsForm form = rows_form(shape, map, pass, source, target);
   if (form != RowsForm::none) return run_rows(form, shape, pass, source, weight, start, target);
   const bool backwards = pass == Pass::grad_input;
-  const DepthwiseKernels* in_place = in_place_kernels(shape, map, source, target);
+  const DepthwiseKernels* in_place = in_place_kernels(shape, map, pass, source, target);
   const DepthwiseKernels& kernels = in_place ? *in_place : staged;
   const Links d = plane_links(shape.axis[0], shape.mode, backwards, shape.multiplier);
   const Links h = links_of(shape.axis[1], shape.mode, backwards);
@@ -279,7 +289,7 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
                  });
     return weight;
   }
-  const DepthwiseKernels* in_place = in_place_kernels(shape, map, x, grad);
+  const DepthwiseKernels* in_place = in_place_kernels(shape, map, Pass::grad_weight, x, grad);
   const DepthwiseKernels& kernels = in_place ? *in_place : staged;
   const Links d = links_of(axis[0], shape.mode, false), h = links_of(axis[1], shape.mode, false);
   const RowPlan row = row_of(axis[2], shape.mode, false);

@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "depthwise_flat.h"
 
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 
+#include "caches.h"
 #include "depthwise_flat_cells.h"
 #include "scratch.h"
 
@@ -29,19 +26,6 @@ constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
 constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
-// Planes this far apart compete for the same lines of the first cache, which holds as many of them
-// as it has ways: at least that many.
-constexpr int64_t kWayBytes = 4096, kFewestWays = 8;
-
-int64_t first_cache_ways() {
-#if defined(_SC_LEVEL1_DCACHE_ASSOC)
-  static const int64_t ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
-  return std::max(ways, kFewestWays);
-#else
-  return kFewestWays;
-#endif
-}
-
 struct FlatPass {
   FlatArgs args;
   FlatTables tables;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "caches.h"
 #include "depthwise_args.h"
 
 namespace voxconv {
@@ -24,8 +25,6 @@ inline Element element_of(const Tensor& tensor) {
   VOXCONV_CHECK(false, "voxconv: dtype must be float32, float64, bfloat16 or float16");
   return Element::f32;
 }
-
-constexpr int64_t kLineBytes = 64;  // of the caches
 
 // Whether a target is so large that it is written past the caches, where it would take the place of
 // what is read (the C library copies so, too), and begins with an aligned vector. Vectors are whole
