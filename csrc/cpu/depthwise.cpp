@@ -23,8 +23,9 @@ constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
 // more taps of d and h than that it pays to stage them: measured.
 constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25;
 // In place, vectors of neighbouring channels are visited together, in the order of memory. Sources
-// of more than that are asked for ahead of time. With that many taps of d and h, and rows of that
-// many cells, it pays to stage cells that compete for the first cache. Measured.
+// of more than that are asked for ahead of time, all for grad_weight with that many taps of d and
+// h. With as many, and rows of that many cells, the others had better stage cells that compete for
+// the first cache. Measured.
 constexpr int64_t kFarBytes = 32 << 20, kBusyTaps = 25, kBusyCells = 16;
 // Vectors of a part of a cache line: where cells do not compete, being no power of two of vectors,
 // those of one line are taken after those of the other; so it is with the busy kernels above on a
@@ -109,14 +110,16 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
 }
 
 // Pieces whose source planes, and the one that is asked for meanwhile, stay in a private L2.
-Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, const RowPlan& row,
-                       int64_t cell_bytes, const LaneMap& map, int64_t step) {
+Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, Pass pass, int64_t rows,
+                       const RowPlan& row, int64_t cell_bytes, const LaneMap& map, int64_t step) {
   const Axis& h = shape.axis[1];
   const int64_t blocks = map.blocks_per_item();
   const int64_t bytes = shape.axis[0].in * h.in * shape.axis[2].in * blocks * cell_bytes;
-  const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps && bytes <= kNearBytes;
+  const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps;
+  const bool ahead = shape.batch * bytes > kFarBytes || (busy && pass == Pass::grad_weight);
   const bool compete = (blocks & (blocks - 1)) == 0;
-  const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
+  const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 &&
+                     ((busy && bytes <= kNearBytes) || !compete);
   int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;
   group = std::min(group, blocks);
@@ -126,7 +129,7 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, int64_t rows, c
   const int64_t sources = most_bytes / ((d.most_sources() + 1) * row_bytes);
   const int64_t most = std::max((sources - h.reach()) / h.stride, kInPlaceRows);
   const int64_t tiles = ceil_div(rows, most), tile_rows = ceil_div(rows, tiles);
-  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step, shape.batch * bytes > kFarBytes};
+  return {0, ceil_div(rows, tile_rows), tile_rows, 0, group, step, ahead};
 }
 
 LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_t lanes) {
@@ -167,9 +170,9 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.h = view(h);
   a.w = view(row);
   const int64_t step = plane_step(shape.axis[0], backwards);
-  a.tiling = in_place
-                 ? in_place_tiling(d, shape, a.target_size[1], row, kernels.cell_bytes, map, step)
-                 : make_tiling(d, h, row, kernels.cell_bytes, map, step);
+  a.tiling = in_place ? in_place_tiling(d, shape, pass, a.target_size[1], row, kernels.cell_bytes,
+                                        map, step)
+                      : make_tiling(d, h, row, kernels.cell_bytes, map, step);
   a.past_caches = in_place && map.channels % map.lanes == 0 && past_caches(target, map.lanes);
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
@@ -307,7 +310,8 @@ Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
   a.h = view(h);
   a.w = view(row);
   const int64_t step = plane_step(axis[0], false);
-  a.tiling = in_place ? in_place_tiling(d, shape, axis[1].out, row, kernels.cell_bytes, map, step)
+  a.tiling = in_place ? in_place_tiling(d, shape, Pass::grad_weight, axis[1].out, row,
+                                        kernels.cell_bytes, map, step)
                       : make_tiling(d, h, row, kernels.cell_bytes, map, step);
   const int64_t most =
       std::max<int64_t>(1, std::min(axis[0].out / kChunkPlanes, kTasks / a.map.blocks()));
