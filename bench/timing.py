@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import _path  # noqa: F401
 import voxconv
 
 Call = Callable[[], Any]

@@ -15,24 +15,22 @@ constexpr int64_t kLineBytes = 64;
 // as it has ways: at least that many.
 constexpr int64_t kWayBytes = 4096, kFewestWays = 8;
 
-inline int64_t first_cache_ways() {
-#if defined(_SC_LEVEL1_DCACHE_ASSOC)
-  static const int64_t ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
-  return std::max(ways, kFewestWays);
-#else
-  return kFewestWays;
-#endif
-}
+struct Caches {
+  int64_t first_ways = kFewestWays;
+  int64_t second_bytes = 512 << 10;  // each core has it for itself
+};
 
-// Of the second cache, which each core has for itself; at least that many.
-inline int64_t second_cache_bytes() {
-  constexpr int64_t kFewest = 512 << 10;
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return std::max(bytes, kFewest);
-#else
-  return kFewest;
+// Those of this processor; at least the above.
+inline const Caches& caches() {
+  static const Caches found = [] {
+    Caches c;
+#if defined(_SC_LEVEL1_DCACHE_ASSOC) && defined(_SC_LEVEL2_CACHE_SIZE)
+    c.first_ways = std::max<int64_t>(c.first_ways, sysconf(_SC_LEVEL1_DCACHE_ASSOC));
+    c.second_bytes = std::max<int64_t>(c.second_bytes, sysconf(_SC_LEVEL2_CACHE_SIZE));
 #endif
+    return c;
+  }();
+  return found;
 }
 
 }  // namespace voxconv

@@ -28,9 +28,9 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 // the first cache. Measured.
 constexpr int64_t kFarBytes = 32 << 20, kBusyTaps = 25, kBusyCells = 16;
 // Vectors of a part of a cache line: where cells do not compete, being no power of two of vectors,
-// those of one line are taken after those of the other; so it is with the busy kernels above on a
-// source of not more than kNearBytes. More than kPartsBytes had better be staged. Measured.
-constexpr int64_t kNearBytes = 12 << 20, kPartsBytes = 4 << 20;
+// those of one line are taken after those of the other; so it is with the busy kernels above. More
+// than kPartsBytes had better be staged. Measured.
+constexpr int64_t kPartsBytes = 4 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
@@ -118,14 +118,13 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, Pass pass, int6
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps;
   const bool ahead = shape.batch * bytes > kFarBytes || (busy && pass == Pass::grad_weight);
   const bool compete = (blocks & (blocks - 1)) == 0;
-  const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 &&
-                     ((busy && bytes <= kNearBytes) || !compete);
+  const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
   int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;
   group = std::min(group, blocks);
   while (blocks % group != 0) --group;  // threads get equal shares
   const int64_t row_bytes = group * row.source_size * cell_bytes;
-  const int64_t most_bytes = std::max(kInPlaceBytes, second_cache_bytes() * 3 / 8);
+  const int64_t most_bytes = std::max(kInPlaceBytes, caches().second_bytes * 3 / 8);
   const int64_t sources = most_bytes / ((d.most_sources() + 1) * row_bytes);
   const int64_t most = std::max((sources - h.reach()) / h.stride, kInPlaceRows);
   const int64_t tiles = ceil_div(rows, most), tile_rows = ceil_div(rows, tiles);

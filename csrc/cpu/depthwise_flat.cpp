@@ -104,7 +104,7 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
   a.compete = a.form != FlatForm::split &&  // split ones are copies
               a.source.d * kernels.item_bytes % kWayBytes == 0;
-  const bool crowded = a.compete && longest + kernels.tall - 1 > first_cache_ways();
+  const bool crowded = a.compete && longest + kernels.tall - 1 > caches().first_ways;
   a.apart = crowded && longest + 3 >= kFewestWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {

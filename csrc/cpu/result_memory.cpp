@@ -58,7 +58,7 @@ class KeptBlocks {
   void give_back(Block block) {
     madvise(block.memory.get(), block.bytes, MADV_FREE);
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block.bytes > limit_) return;
+    if (!lock) return;
     kept_ += block.bytes;
     blocks_.push_back(std::move(block));
     while (kept_ > limit_ || blocks_.size() > kMostBlocks) {

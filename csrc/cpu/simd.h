@@ -70,13 +70,6 @@ VOXCONV_INLINE void pin(V& v) {
 #endif
 }
 
-// What is read through p from here on is read from here on, and not ahead of a branch that both
-// ways of it read the same after.
-template <class U>
-VOXCONV_INLINE void stay(const U*& p) {
-  asm volatile("" : "+r"(p));
-}
-
 // sum + a * b from registers, in place of the sum. GCC left to itself overwrites a factor that is
 // needed again and copies it beforehand.
 template <class V>
