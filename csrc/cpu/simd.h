@@ -25,16 +25,13 @@ template <int I>
 struct Constant {
   static constexpr int value = I;
 };
-template <int I, int N, class F>
-VOXCONV_INLINE constexpr void unroll_from(const F& f) {
-  if constexpr (I < N) {
-    f(Constant<I>{});
-    unroll_from<I + 1, N>(f);
-  }
+template <class F, int... I>
+VOXCONV_INLINE constexpr void call_each(const F& f, std::integer_sequence<int, I...>) {
+  (f(Constant<I>{}), ...);
 }
 template <int N, class F>
 VOXCONV_INLINE constexpr void unroll(const F& f) {
-  unroll_from<0, N>(f);
+  call_each(f, std::make_integer_sequence<int, N>{});
 }
 
 constexpr int clamp(int value, int low, int high) {
