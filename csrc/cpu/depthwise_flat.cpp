@@ -21,9 +21,8 @@ constexpr int64_t kChain = 1024;
 constexpr double kMoveCost = 20, kTileCost = 30;
 // The same for one of a pair, and what a tap of it costs.
 constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
-// Vectors from the farthest one that a tile reads to those it asks for. Where a tile's planes are
-// smaller than that, it asks for the planes of the next one: measured.
-constexpr int64_t kAheadVectors = 2, kAheadBytes = 64 << 10;
+// Where a tile's planes are smaller than that, it asks for the planes of the next one: measured.
+constexpr int64_t kAheadBytes = 64 << 10;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
 struct FlatPass {
@@ -153,8 +152,8 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   place_cells(a, tables, h, w, pass, kernels);
   const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
   const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
-  if (!widened && a.form != FlatForm::split && (strips || !a.compete)) {
-    a.ahead = a.after + (strips ? kWeightStrip : kAheadVectors) * kernels.lanes;
+  if (!widened && a.form != FlatForm::split && (strips || !a.compete || a.apart)) {
+    a.ahead = a.after + kernels.ahead_vectors * kernels.lanes;
     a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
   cut_pieces(a, kernels, pass);

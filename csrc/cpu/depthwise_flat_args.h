@@ -86,6 +86,7 @@ struct FlatArgs : PassTensors {
   const int64_t* offsets;
   const uint16_t* masks;
   const int64_t* tap_order;  // the weight's taps in the order of the others; null: they are in it
+  int64_t tap_next;          // or, if -1, in the opposite one
   int64_t before, after;     // farthest offsets
   // Memory in place is asked for while a tile is summed: that many cells further on in its planes
   // (0: it is not), or the same cells of the planes of the next tile.
@@ -172,7 +173,8 @@ struct FlatKernels {
   void (*run)(const FlatArgs&, int64_t begin, int64_t end, void* scratch);
   // Planes of a tile at most; those of grad_weight have 4 of them for longer runs than that.
   int64_t tall, tall_run, step_tall, step_tall_run;  // as lines, as halves
-  bool splits;  // rather than to make vectors of halves, and merges
+  bool splits;            // rather than to make vectors of halves, and merges
+  int64_t ahead_vectors;  // to those that are asked for
 };
 
 // The kernels for this processor.

@@ -26,10 +26,12 @@ struct AxisTap {
 };
 using AxisTaps = std::vector<AxisTap>;
 
+// In the order of the cells they read: backwards the last tap comes first.
 AxisTaps taps_of(const Axis& axis, bool backwards) {
   AxisTaps taps;
   for (int64_t k = 0; k < axis.kernel; ++k) {
-    const int64_t first = k * axis.dilation - axis.before;
+    const int64_t tap = backwards ? axis.kernel - 1 - k : k;
+    const int64_t first = tap * axis.dilation - axis.before;
     taps.push_back(
         {backwards ? -first : first, axis.stride, axis.in, target_size(axis, backwards)});
   }
@@ -113,7 +115,7 @@ struct PairTaps {
 // Of the lines of a phase of h, which share them. Neighbouring taps along w read the same cell.
 std::vector<PairTaps> pair_taps(const Axis& h, const Axis& w, int64_t phase) {
   std::vector<PairTaps> taps;
-  for (int64_t kh = 0; kh < h.kernel; ++kh) {
+  for (int64_t kh = h.kernel; kh-- > 0;) {
     const int64_t line = phase + h.before - kh * h.dilation;
     if (line % h.stride != 0) continue;
     for (int64_t kw = 0; kw < w.kernel; ++kw) {
@@ -220,7 +222,7 @@ void place_parts(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisT
 std::pair<AxisTaps, std::vector<int64_t>> taps_of_phase(const Axis& axis, int64_t stride,
                                                         int64_t phase, int64_t targets) {
   std::pair<AxisTaps, std::vector<int64_t>> taps;
-  for (int64_t k = 0; k < axis.kernel; ++k)
+  for (int64_t k = axis.kernel; k-- > 0;)
     if (const int64_t first = phase + axis.before - k * axis.dilation; first % stride == 0) {
       taps.first.push_back({first / stride, 1, axis.out, targets});
       taps.second.push_back(k);
@@ -299,6 +301,7 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
   const bool split = a.form == FlatForm::split, merged = a.form == FlatForm::merged;
   a.cells = backwards || split ? h.out * w.out : h.in * w.in;
   a.vectors = flat_vectors(a.form, h, w, kernels.lanes);
+  a.tap_next = backwards && !merged ? -1 : 1;
   if (merged)
     place_merged(a, tables, h, w, kernels.lanes);
   else if (split)
