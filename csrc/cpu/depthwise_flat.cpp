@@ -19,8 +19,8 @@ constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 constexpr int64_t kChain = 1024;
 // What a vector of destinations and a tile of them cost besides their taps, in taps: measured.
 constexpr double kMoveCost = 20, kTileCost = 30;
-// The same for one of a pair, and what a tap of it costs.
-constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
+// The same for one of a pair, and what a tap of it costs; for a tile of one of the merged parts.
+constexpr double kPairMoveCost = 46, kPairTapCost = 1.7, kMergeCost = 600;
 // Where a tile's planes are smaller than that, it asks for the planes of the next one: measured.
 constexpr int64_t kAheadBytes = 64 << 10;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
@@ -156,6 +156,7 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
     a.ahead = a.after + kernels.ahead_vectors * kernels.lanes;
     a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
+  a.next_cells = a.form == FlatForm::split ? h.stride * w.stride : 1;
   cut_pieces(a, kernels, pass);
   part_taps(a, tables);
   const int64_t lanes = kernels.lanes;
@@ -201,13 +202,14 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   const auto vectors = round_up(flat_vectors(form, h, w, map.lanes), block);
   const double tile = kTileCost / (vectors * std::min<int64_t>(planes, 4));
   const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
-  const double channels = channels_cost(shape, map, pass);
-  if (form == FlatForm::pairs)
-    return (kPairMoveCost + kPairTapCost * taps / (2 * h.stride)) *
-                   ratio(2 * vectors * map.lanes, h.in * w.in) +
-               tile <
-           channels;
-  return (kMoveCost + taps) * ratio(vectors * map.lanes, h.out * w.out) + tile < channels;
+  // Of a stride of 2 backwards: what a destination has of the taps, and the vectors it is one of.
+  const double share = taps / (2 * h.stride);
+  const auto filled = [&](int64_t times) { return ratio(times * vectors * map.lanes, h.in * w.in); };
+  const double cost =
+      form == FlatForm::pairs    ? (kPairMoveCost + kPairTapCost * share) * filled(2) + tile
+      : form == FlatForm::merged ? (kMoveCost + share) * filled(2 * h.stride) + kMergeCost / vectors
+                                 : (kMoveCost + taps) * ratio(vectors * map.lanes, h.out * w.out) + tile;
+  return cost < channels_cost(shape, map, pass);
 }
 
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,

@@ -92,6 +92,7 @@ struct FlatArgs : PassTensors {
   // (0: it is not), or the same cells of the planes of the next tile.
   int64_t ahead;
   bool ahead_planes;
+  int64_t next_cells;  // of the source, for each cell of the target
   const int64_t *half_from, *half_to, *half_cells;
   int64_t half;       // 0: vectors are not made of halves
   bool whole_halves;  // all of half_cells are a vector

@@ -295,9 +295,12 @@ template <>
 VOXCONV_INLINE Vec<float> load_few<float, float>(const float* p, int64_t count) {
   return (Vec<float>)_mm256_maskload_ps(p, first_few(count));
 }
+// A masked store is many instructions on some processors.
 template <>
 VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
-  _mm256_maskstore_ps(p, first_few(count), (__m256)v);
+  float cell[kLanes<float>];
+  store(cell, v);
+  copy_few(p, cell, count);
 }
 #endif
 
