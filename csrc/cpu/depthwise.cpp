@@ -28,14 +28,17 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 // the first cache. Measured.
 constexpr int64_t kFarBytes = 32 << 20, kBusyTaps = 25, kBusyCells = 16;
 // Vectors of a part of a cache line: where cells do not compete, being no power of two of vectors,
-// those of one line are taken after those of the other; so it is with the busy kernels above. More
-// than kPartsBytes had better be staged. Measured.
-constexpr int64_t kPartsBytes = 4 << 20;
+// those of one line are taken after those of the other; so it is with the busy kernels above.
+// Sources of more than kPartsBytes are asked for ahead of time, but had better be staged where
+// cells compete, and above kPartsFarBytes unless for grad_weight. Measured.
+constexpr int64_t kPartsBytes = 4 << 20, kPartsFarBytes = 16 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
 // Planes of a chunk of grad_weight at the least, and tasks to split into at the most: fixed by the
 // shape alone, because partial sums are added in the order of chunks.
 constexpr int64_t kChunkPlanes = 12, kTasks = 64;
+
+bool is_power_of_two(int64_t n) { return (n & (n - 1)) == 0; }
 
 int64_t source_rows(const Links& h, int64_t h0, int64_t h1) {
   int32_t low = INT32_MAX, high = -1;
@@ -99,7 +102,10 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
   const bool whole = map.channels % map.lanes == 0;
   const bool full = whole || map.blocks_per_item() <= kMostGroup;
   const int64_t bytes = source.numel() * static_cast<int64_t>(source.element_size());
-  const bool parts = kernels && kernels->cell_bytes < kLineBytes && whole && bytes > kPartsBytes;
+  const bool compete = is_power_of_two(map.blocks_per_item());
+  const bool far = pass != Pass::grad_weight && bytes > kPartsFarBytes;
+  const bool parts = kernels && kernels->cell_bytes < kLineBytes && whole && bytes > kPartsBytes &&
+                     (compete || far);
   const bool suits = shape.mode == kZeros && shape.multiplier == 1 && full && !parts &&
                      map.channels >= map.lanes && is_channels_last_3d(source) &&
                      is_channels_last_3d(target) &&
@@ -116,8 +122,9 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, Pass pass, int6
   const int64_t blocks = map.blocks_per_item();
   const int64_t bytes = shape.axis[0].in * h.in * shape.axis[2].in * blocks * cell_bytes;
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps;
-  const bool ahead = shape.batch * bytes > kFarBytes || (busy && pass == Pass::grad_weight);
-  const bool compete = (blocks & (blocks - 1)) == 0;
+  const bool compete = is_power_of_two(blocks);
+  const int64_t near_bytes = cell_bytes < kLineBytes ? kPartsBytes : kFarBytes;
+  const bool ahead = shape.batch * bytes > near_bytes || (busy && pass == Pass::grad_weight);
   const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
   int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;

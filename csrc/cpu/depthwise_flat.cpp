@@ -204,11 +204,14 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
   // Of a stride of 2 backwards: what a destination has of the taps, and the vectors it is one of.
   const double share = taps / (2 * h.stride);
-  const auto filled = [&](int64_t times) { return ratio(times * vectors * map.lanes, h.in * w.in); };
-  const double cost =
-      form == FlatForm::pairs    ? (kPairMoveCost + kPairTapCost * share) * filled(2) + tile
-      : form == FlatForm::merged ? (kMoveCost + share) * filled(2 * h.stride) + kMergeCost / vectors
-                                 : (kMoveCost + taps) * ratio(vectors * map.lanes, h.out * w.out) + tile;
+  const auto filled = [&](int64_t times) {
+    return ratio(times * vectors * map.lanes, h.in * w.in);
+  };
+  const double cost = form == FlatForm::pairs
+                          ? (kPairMoveCost + kPairTapCost * share) * filled(2) + tile
+                      : form == FlatForm::merged
+                          ? (kMoveCost + share) * filled(2 * h.stride) + kMergeCost / vectors
+                          : (kMoveCost + taps) * ratio(vectors * map.lanes, h.out * w.out) + tile;
   return cost < channels_cost(shape, map, pass);
 }
 
