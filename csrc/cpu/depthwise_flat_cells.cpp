@@ -112,7 +112,8 @@ struct PairTaps {
   int64_t line, column, tap[2];
 };
 
-// Of the lines of a phase of h, which share them. Neighbouring taps along w read the same cell.
+// Of the lines of a phase of h, which share them, in the order of the lines they read. Neighbouring
+// taps along w read the same cell.
 std::vector<PairTaps> pair_taps(const Axis& h, const Axis& w, int64_t phase) {
   std::vector<PairTaps> taps;
   for (int64_t kh = h.kernel; kh-- > 0;) {
@@ -217,8 +218,8 @@ void place_parts(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisT
       w[0].cells};
 }
 
-// Taps of an axis that destinations phase, phase + stride, ... of a pass backwards have, and which
-// they are.
+// Taps of an axis that destinations phase, phase + stride, ... of a pass backwards have, in the
+// order of the cells they read, and which they are.
 std::pair<AxisTaps, std::vector<int64_t>> taps_of_phase(const Axis& axis, int64_t stride,
                                                         int64_t phase, int64_t targets) {
   std::pair<AxisTaps, std::vector<int64_t>> taps;
