@@ -30,31 +30,67 @@ struct FlatPass {
   FlatTables tables;
 };
 
-// A run of taps for a tile of `rows` destination planes, the t-th of their class being the first.
-FlatRun run_of(const RowPlan& plan, const WClass& planes, const Segment& segment, int32_t t,
-               int32_t rows) {
-  const int32_t step = planes.x_step, first = segment.offset - plan.left + t * step;
-  const int32_t count = rows + segment.length - 1;
-  const int32_t low = first < 0 ? (step - 1 - first) / step : 0;
-  const int32_t high = first < plan.source_size ? (plan.source_size - 1 - first) / step + 1 : 0;
-  return {segment.length, segment.tap, segment.tap_step, first, step, low, std::min(high, count)};
+// A run of taps for a tile of `rows` destination planes, the t-th of their class being the first,
+// and which of its planes exist.
+FlatRun run_of(const RowPlan& plan, const WClass& planes, const Segment& segment, int32_t spread,
+               int32_t t, int32_t rows) {
+  const int32_t step = planes.x_step / spread;
+  const int32_t first = segment.offset - plan.left + t * planes.x_step;
+  FlatRun run{segment.length, segment.tap, segment.tap_step, first, step, spread, 0, 0, 0};
+  if (first < 0) run.low = (step - 1 - first) / step;
+  if (first < plan.source_size) run.high = (plan.source_size - 1 - first) / step + 1;
+  run.high = std::min(run.high, run.planes(rows));
+  return run;
+}
+
+// Where every second plane begins a destination's, runs of all taps in place of those of every
+// second one: the planes that a tile reads are then one run.
+int32_t spread_runs(RowPlan& plan, const Axis& d) {
+  if (d.stride != 2 || d.dilation != 1 || !is_segment_length(static_cast<int>(d.kernel)) ||
+      plan.classes.size() != 1)
+    return 1;
+  plan.segments = {
+      {plan.left - static_cast<int32_t>(d.before), 0, 1, static_cast<int32_t>(d.kernel)}};
+  plan.classes[0].segment_begin = 0, plan.classes[0].segment_end = 1;
+  return 2;
 }
 
 // Tiles of up to `most` destination planes; of a power of two of them if `exact`.
-void list_rows(FlatTables& tables, const RowPlan& plan, int32_t most, bool exact) {
+void list_rows(FlatTables& tables, const RowPlan& plan, int32_t spread, int32_t most, bool exact) {
   for (const WClass& c : plan.classes)
     for (int32_t t = 0; t < c.count;) {
       int32_t count = std::min(most, c.count - t);
       while (exact && (count & (count - 1))) count &= count - 1;
       const auto begin = static_cast<int32_t>(tables.runs.size());
       for (int32_t g = c.segment_begin; g < c.segment_end; ++g) {
-        const FlatRun run = run_of(plan, c, plan.segments[g], t, count);
+        const FlatRun run = run_of(plan, c, plan.segments[g], spread, t, count);
         if (run.low < run.high) tables.runs.push_back(run);
       }
-      tables.rows.push_back(
-          {c.first + t * c.step, c.step, count, begin, static_cast<int32_t>(tables.runs.size())});
+      tables.rows.push_back({c.first + t * c.step, c.step, count, begin,
+                             static_cast<int32_t>(tables.runs.size()), 0});
       t += count;
     }
+  // Memory is walked in its own order.
+  std::stable_sort(tables.rows.begin(), tables.rows.end(),
+                   [](const FlatRows& a, const FlatRows& b) { return a.first < b.first; });
+}
+
+// What is read and written after a tile: the next one's planes, or the first one's of a channel
+// that lies behind this one.
+void link_rows(FlatTables& tables, int32_t source_planes, int32_t target_planes) {
+  const size_t tiles = tables.rows.size();
+  for (size_t i = 0; i < tiles; ++i) {
+    FlatRows& rows = tables.rows[i];
+    const bool last = i + 1 == tiles;
+    const FlatRows& next = tables.rows[last ? 0 : i + 1];
+    rows.next = next.first - rows.first + (last ? target_planes : 0);
+    for (int32_t r = rows.run_begin; r < rows.run_end; ++r) {
+      const int32_t same = next.run_begin + r - rows.run_begin;
+      if (same < next.run_end)
+        tables.runs[r].next =
+            tables.runs[same].plane - tables.runs[r].plane + (last ? source_planes : 0);
+    }
+  }
 }
 
 // Cuts planes into pieces and their rows into units.
@@ -96,7 +132,8 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
 // The tiles of destination planes, and what they read.
 void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
                   const FlatKernels& kernels) {
-  const RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
+  RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
+  const int32_t spread = a.form == FlatForm::split ? spread_runs(planes, d) : 1;
   int64_t longest = 1, most_rows = 1;
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
@@ -110,26 +147,28 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
     if (a.form == FlatForm::halves) {
       if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
         a.tile_rows = kernels.step_tall;
-    } else if (longest <= kernels.tall_run && (!crowded || a.apart)) {
+    } else if (ceil_div(longest, spread) <= kernels.tall_run && (!crowded || a.apart)) {
       a.tile_rows = kernels.tall;
     }
   } else if (a.form == FlatForm::halves) {
     if (round_up(most_rows, kernels.step_tall) == round_up(most_rows, 4))
       a.tile_rows = kernels.step_tall;
-  } else if (a.form == FlatForm::split ||
-             ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 &&
-              (!crowded || a.apart))) {
+  } else if (a.form == FlatForm::split) {
+    // All planes are copied: those of two tiles are too many for the caches.
+    if (most_rows <= kernels.tall) a.tile_rows = kernels.tall;
+  } else if ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 &&
+             (!crowded || a.apart)) {
     a.tile_rows = kernels.tall;
   }
-  a.most_planes = a.tile_rows + longest - 1;
-  list_rows(tables, planes, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
+  a.most_planes = (a.tile_rows - 1) * spread + longest;
+  list_rows(tables, planes, spread, static_cast<int32_t>(a.tile_rows), pass == Pass::grad_weight);
   a.rows = tables.rows.data();
   a.runs = tables.runs.data();
   a.tiles = static_cast<int64_t>(tables.rows.size());
+  const bool backwards = pass == Pass::grad_input;
+  link_rows(tables, static_cast<int32_t>(target_size(d, !backwards)),
+            static_cast<int32_t>(target_size(d, backwards)));
   a.most_runs = 0;
-  // Memory is walked in its own order.
-  std::stable_sort(tables.rows.begin(), tables.rows.end(),
-                   [](const FlatRows& a, const FlatRows& b) { return a.first < b.first; });
   for (const FlatRows& rows : tables.rows)
     a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
 }
@@ -160,8 +199,9 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   cut_pieces(a, kernels, pass);
   part_taps(a, tables);
   const int64_t lanes = kernels.lanes;
-  // Vectors that are written together.
-  const int64_t wide = a.form == FlatForm::merged ? 2 * lanes : lanes;
+  // Vectors that are written together: a block of a tile of 4 planes has more than one.
+  const bool two = a.form == FlatForm::merged || (a.form == FlatForm::lines && a.tile_rows == 4);
+  const int64_t wide = two && lanes * kernels.item_bytes < kLineBytes ? 2 * lanes : lanes;
   const bool aligned =
       a.target.d % wide == 0 && a.target.c % wide == 0 && a.target.n % wide == 0 &&
       (a.form == FlatForm::lines ||

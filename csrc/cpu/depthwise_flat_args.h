@@ -15,17 +15,21 @@ enum class FlatForm { none, lines, halves, split, merged, pairs };
 // Vectors of a plane that a tile of grad_weight takes, where planes are lines.
 constexpr int64_t kWeightStrip = 16;
 
-// A tile of destination planes first, first + step, ... (count of them) and its runs of taps.
+// A tile of destination planes first, first + step, ... (count of them) and its runs of taps; the
+// next tile begins `next` planes further on.
 struct FlatRows {
-  int32_t first, step, count, run_begin, run_end;
+  int32_t first, step, count, run_begin, run_end, next;
 };
 
 // Taps tap, tap + tap_step, ... (length of them) along d, as a tile of rows reads them: tap number
-// i reads, for destination plane t of the tile, source plane plane + (t + i) * plane_step, of which
-// those with low <= t + i < high exist.
+// i reads, for destination plane t of the tile, source plane plane + j * plane_step with j = t *
+// spread + i, of which those with low <= j < high exist. In the next tile that is `next` planes
+// further on.
 struct FlatRun {
-  int32_t length, tap, tap_step, plane, plane_step, low, high;
+  int32_t length, tap, tap_step, plane, plane_step, spread, low, high, next;
 
+  // Planes that a tile of `rows` reads, or would if they existed.
+  int32_t planes(int64_t rows) const { return static_cast<int32_t>(rows - 1) * spread + length; }
   // A bit for each of the planes that exist.
   uint32_t live() const { return (1u << high) - (1u << low); }
 };
@@ -128,10 +132,12 @@ struct FlatArgs : PassTensors {
       return (end * lanes + after + split.line - 1) / split.line * split.line;
     return (half ? half_from[2 * end - 1] + lanes : end * lanes) + after;
   }
-  // From what a tile reads, or writes, to what it asks for; `step` is that of its planes.
-  int64_t from_ahead(int64_t step) const { return ahead_planes ? tile_rows * step : ahead; }
-  int64_t to_ahead(int64_t step, int64_t block) const {
-    return ahead_planes ? tile_rows * step : block;
+  // From what a tile reads, or writes, to what it asks for.
+  int64_t from_ahead(const FlatRun& run) const {
+    return ahead_planes ? run.next * source.d : ahead;
+  }
+  int64_t to_ahead(const FlatRows& tile, int64_t block) const {
+    return ahead_planes && form != FlatForm::merged ? tile.next * target.d : block;
   }
   // Lanes of a half that are those of the half before, too.
   int64_t half_again(int64_t i) const {

@@ -2,6 +2,7 @@
 #include "depthwise_flat_cells.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace voxconv {
@@ -38,15 +39,20 @@ AxisTaps taps_of(const Axis& axis, bool backwards) {
   return taps;
 }
 
-// Lanes of vectors of a plane for which a tap meets a cell of it: bits of [vector][tap].
+// Lanes of vectors of a plane for which a tap meets a cell of it: bits of [vector][tap]. `order`
+// are the taps in their order, if it is not that of the axes.
 struct LaneMasks {
   std::vector<std::pair<int64_t, int64_t>> lines, columns;  // that the taps of h and w read for
+  std::vector<int64_t> place;                               // of a tap
   std::vector<uint16_t> bits;
 
-  LaneMasks(const AxisTaps& h, const AxisTaps& w, int64_t vectors)
-      : bits(vectors * h.size() * w.size(), 0) {
+  LaneMasks(const AxisTaps& h, const AxisTaps& w, int64_t vectors,
+            const std::vector<int64_t>& order = {})
+      : place(h.size() * w.size()), bits(vectors * h.size() * w.size(), 0) {
     for (const AxisTap& tap : h) lines.push_back(tap.live());
     for (const AxisTap& tap : w) columns.push_back(tap.live());
+    std::iota(place.begin(), place.end(), 0);
+    for (size_t i = 0; i < order.size(); ++i) place[order[i]] = static_cast<int64_t>(i);
   }
 
   // Lanes [lane, lane + count) of vector v are cells from `column` on of a line.
@@ -58,7 +64,7 @@ struct LaneMasks {
       const auto live = static_cast<uint16_t>(((1 << end) - (1 << begin)) << lane);
       for (size_t kh = 0; kh < lines.size(); ++kh)
         if (line >= lines[kh].first && line < lines[kh].second)
-          vector[kh * columns.size() + kw] |= live;
+          vector[place[kh * columns.size() + kw]] |= live;
     }
   }
 };
@@ -200,19 +206,31 @@ void place_taps(FlatTables& tables, const AxisTaps& h, const AxisTaps& w, int64_
     for (const AxisTap& kw : w) tables.offsets.push_back(kh.first * line + kw.first);
 }
 
-// The same, and the parts of the source that they read, see part_taps.
+// The same, and the parts of the source that they read, see part_taps: part by part, so that it is
+// one that passes through the first cache at a time.
 void place_parts(FlatArgs& a, FlatTables& tables, const AxisTaps& h, const AxisTaps& w) {
   std::vector<int64_t>& first = tables.split_first;
+  struct Tap {
+    int64_t part, offset, number;
+  };
+  std::vector<Tap> taps;
   for (const AxisTap& kh : h) {
     const int64_t line = floor_div(kh.first, kh.stride), from = kh.first - line * kh.stride;
     const auto part = std::find(first.begin(), first.end(), from) - first.begin();
     if (part == static_cast<int64_t>(first.size())) first.push_back(from);
     for (const AxisTap& kw : w) {
-      const int64_t column = floor_div(kw.first, 2);
-      tables.offsets.push_back(line * kw.targets + column);
-      tables.tap_parts.push_back(2 * part + kw.first - 2 * column);
+      const int64_t column = floor_div(kw.first, 2), number = static_cast<int64_t>(taps.size());
+      taps.push_back({2 * part + kw.first - 2 * column, line * kw.targets + column, number});
     }
   }
+  std::stable_sort(taps.begin(), taps.end(),
+                   [](const Tap& a, const Tap& b) { return a.part < b.part; });
+  for (const Tap& tap : taps) {
+    tables.tap_parts.push_back(tap.part);
+    tables.offsets.push_back(tap.offset);
+    tables.tap_order.push_back(tap.number);
+  }
+  a.tap_order = tables.tap_order.data();
   a.split = {
       first.data(), static_cast<int64_t>(first.size()), h[0].stride, 0, w[0].targets, h[0].cells,
       w[0].cells};
@@ -314,7 +332,8 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
   a.parts = tables.parts.data();
   a.part_count = static_cast<int64_t>(tables.parts.size());
   if (a.form == FlatForm::pairs) return place_pairs(a, tables, h, w, kernels.lanes);
-  LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors);
+  LaneMasks masks(kh, kw, round_up(a.vectors, kTileVectors) + kTileVectors,
+                  split ? tables.tap_order : std::vector<int64_t>{});
   if (a.form == FlatForm::halves) {
     a.half = half_of(w, kernels.lanes);
     place_steps(a, tables, w);

@@ -152,15 +152,17 @@ double estimate(const Candidate& d, const Candidate& h, const Candidate& w) {
   return cycles * (1 + kFarFactor * std::max(far, 0.0)) * double(d.pieces * h.pieces * w.pieces);
 }
 
-// The cheapest cut of the three axes: d along its lattice (h or w would take planes apart: measured
-// to be slower), and into pieces, but not where the scratch is near anyway.
+// The cheapest cut of the three axes: d along its lattice (so h for grad_weight, which has two
+// large operands in the scratch; otherwise h, and always w, would take planes apart: measured to be
+// slower), and into pieces, but not where the scratch is near anyway.
 void choose_pieces(const Axis (&axis)[3], Pass pass, int64_t (&chosen)[3]) {
   constexpr int64_t kShortestPiece = 8;
   std::vector<Candidate> list[3];
   for (int i = 0; i < 3; ++i) list[i].push_back(make_candidate(axis[i], pass, 1));
   const bool near = scratch_bytes(list[0][0], list[1][0], list[2][0]) <= kNearBytes;
-  if (axis[0].dilation > 1 && axis[0].stride == 1)
-    list[0].push_back(make_candidate(axis[0], pass, kLattice));
+  for (int i = 0; i < (pass == Pass::grad_weight ? 2 : 1); ++i)
+    if (axis[i].dilation > 1 && axis[i].stride == 1)
+      list[i].push_back(make_candidate(axis[i], pass, kLattice));
   for (int i = 0; i < 3 && !near; ++i) {
     const Axis& a = axis[i];
     const int64_t size = pass == Pass::grad_input ? a.in : a.out * a.stride;
