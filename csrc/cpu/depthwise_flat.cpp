@@ -23,6 +23,9 @@ constexpr double kMoveCost = 20, kTileCost = 30;
 constexpr double kPairMoveCost = 46, kPairTapCost = 1.7, kMergeCost = 600;
 // Where a tile's planes are smaller than that, it asks for the planes of the next one: measured.
 constexpr int64_t kAheadBytes = 64 << 10;
+// Up to that many taps wait for memory: a target that is written past the caches is worth more than
+// the loads that taller tiles save. Measured with 27 and 125.
+constexpr int64_t kFewTaps = 64;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
 struct FlatPass {
@@ -129,10 +132,10 @@ void cut_pieces(FlatArgs& a, const FlatKernels& kernels, Pass pass) {
                             std::max<int64_t>(1, a.tiles * a.pairs * a.pieces / kUnits));
 }
 
-// The tiles of destination planes, and what they read.
+// The tiles of destination planes, and what they read; with `low`, of 4 planes at most.
 void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
-                  const FlatKernels& kernels) {
-  RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input);
+                  const FlatKernels& kernels, bool low) {
+  RowPlan planes = row_of(d, kZeros, pass == Pass::grad_input, kFewestPlanes);
   const int32_t spread = a.form == FlatForm::split ? spread_runs(planes, d) : 1;
   int64_t longest = 1, most_rows = 1;
   for (const Segment& segment : planes.segments)
@@ -156,7 +159,7 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   } else if (a.form == FlatForm::split) {
     // All planes are copied: those of two tiles are too many for the caches.
     if (most_rows <= kernels.tall) a.tile_rows = kernels.tall;
-  } else if ((a.form == FlatForm::lines || a.form == FlatForm::merged) && most_rows > 4 &&
+  } else if ((a.form == FlatForm::lines || a.form == FlatForm::merged) && !low && most_rows > 4 &&
              (!crowded || a.apart)) {
     a.tile_rows = kernels.tall;
   }
@@ -173,6 +176,12 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
     a.most_runs = std::max<int64_t>(a.most_runs, rows.run_end - rows.run_begin);
 }
 
+// Whether a target is written past the caches, if by so many neighbours at a time.
+bool streams(const FlatArgs& a, const Tensor& target, int64_t cells) {
+  return a.target.d % cells == 0 && a.target.c % cells == 0 && a.target.n % cells == 0 &&
+         past_caches(target, cells);
+}
+
 FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& target,
                    const FlatKernels& kernels) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
@@ -187,9 +196,14 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.source_end = static_cast<const char*>(source.data_ptr()) +
                  items * static_cast<int64_t>(source.element_size());
   a.plane_taps = d.kernel;
-  place_planes(a, tables, d, pass, kernels);
-  place_cells(a, tables, h, w, pass, kernels);
   const bool widened = source.element_size() != static_cast<size_t>(kernels.item_bytes);
+  const bool written = pass != Pass::grad_weight && !widened;
+  // Where a vector is half a cache line, a block of a tile of 4 planes is a whole one.
+  const int64_t lanes = kernels.lanes, line = 2 * lanes * kernels.item_bytes == kLineBytes ? 2 : 1;
+  const bool low = written && a.form == FlatForm::lines && line > 1 && shape.taps() <= kFewTaps &&
+                   streams(a, target, line * lanes);
+  place_planes(a, tables, d, pass, kernels, low);
+  place_cells(a, tables, h, w, pass, kernels);
   const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
   if (!widened && a.form != FlatForm::split && (strips || !a.compete || a.apart)) {
     a.ahead = a.after + kernels.ahead_vectors * kernels.lanes;
@@ -198,17 +212,12 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.next_cells = a.form == FlatForm::split ? h.stride * w.stride : 1;
   cut_pieces(a, kernels, pass);
   part_taps(a, tables);
-  const int64_t lanes = kernels.lanes;
-  // Vectors that are written together: a block of a tile of 4 planes has more than one.
-  const bool two = a.form == FlatForm::merged || (a.form == FlatForm::lines && a.tile_rows == 4);
-  const int64_t wide = two && lanes * kernels.item_bytes < kLineBytes ? 2 * lanes : lanes;
+  const bool lines = a.form == FlatForm::lines, merged = a.form == FlatForm::merged;
+  const int64_t wide = merged || (lines && a.tile_rows == 4) ? line * lanes : lanes;
   const bool aligned =
-      a.target.d % wide == 0 && a.target.c % wide == 0 && a.target.n % wide == 0 &&
-      (a.form == FlatForm::lines ||
-       ((a.form == FlatForm::merged || a.form == FlatForm::pairs) && w.in % wide == 0));
-  a.past_caches = pass != Pass::grad_weight && !widened && aligned &&
-                  (a.form == FlatForm::merged || a.most_runs * a.gather == 1) &&
-                  past_caches(target, wide);
+      lines || ((merged || a.form == FlatForm::pairs) && w.in % wide == 0);
+  a.past_caches = written && aligned && (merged || a.most_runs * a.gather == 1) &&
+                  streams(a, target, wide);
   return result;
 }
 

@@ -7,9 +7,6 @@
 namespace voxconv {
 namespace {
 
-// Below this many destinations a class is too short to share loads between neighbours.
-constexpr int64_t kShortestSharedClass = 4;
-
 Links group_by_destination(const std::vector<std::vector<Link>>& per_destination) {
   Links links;
   links.begin.reserve(per_destination.size() + 1);
@@ -63,10 +60,10 @@ void set_margins(RowPlan& plan, int64_t source_size) {
 }
 
 // grad_input of a run of `size` cells whose first cell is position `origin` of the unpadded axis.
-RowPlan gather_row(const Axis& axis, int64_t size, int64_t origin) {
+RowPlan gather_row(const Axis& axis, int64_t size, int64_t origin, int64_t shortest) {
   const int64_t s = axis.stride, d = axis.dilation, g = std::gcd(s, d), q = s / g;
   const int64_t shared = d / g;
-  const bool share = size / (s * shared) >= kShortestSharedClass;
+  const bool share = size / (s * shared) >= shortest;
   const int64_t e = share ? shared : 1;
   RowPlan plan;
   plan.size = plan.kept = static_cast<int32_t>(size);
@@ -89,10 +86,10 @@ RowPlan gather_row(const Axis& axis, int64_t size, int64_t origin) {
   return plan;
 }
 
-RowPlan forward_row(const Axis& axis, int mode) {
+RowPlan forward_row(const Axis& axis, int mode, int64_t shortest) {
   const int64_t s = axis.stride, d = axis.dilation, g = std::gcd(s, d);
   const int64_t shared = d / g;
-  const bool share = axis.out / shared >= kShortestSharedClass;
+  const bool share = axis.out / shared >= shortest;
   const int64_t e = share ? shared : 1, q = s / g;
   RowPlan plan;
   plan.size = plan.kept = static_cast<int32_t>(axis.out);
@@ -118,9 +115,9 @@ RowPlan forward_row(const Axis& axis, int mode) {
   return plan;
 }
 
-RowPlan grad_input_row(const Axis& axis, int mode) {
-  if (mode == kZeros || axis.before + axis.after == 0) return gather_row(axis, axis.in, 0);
-  RowPlan plan = gather_row(axis, axis.in + axis.before + axis.after, -axis.before);
+RowPlan grad_input_row(const Axis& axis, int mode, int64_t shortest) {
+  if (mode == kZeros || axis.before + axis.after == 0) return gather_row(axis, axis.in, 0, shortest);
+  RowPlan plan = gather_row(axis, axis.in + axis.before + axis.after, -axis.before, shortest);
   plan.keep = static_cast<int32_t>(axis.before);
   plan.kept = static_cast<int32_t>(axis.in);
   for (int64_t i = -axis.before; i < axis.in + axis.after; ++i)
@@ -183,8 +180,8 @@ int64_t plane_step(const Axis& axis, bool backwards) {
   return (backwards && axis.stride > 1) || step >= (backwards ? axis.in : axis.out) ? 1 : step;
 }
 
-RowPlan row_of(const Axis& axis, int mode, bool backwards) {
-  return backwards ? grad_input_row(axis, mode) : forward_row(axis, mode);
+RowPlan row_of(const Axis& axis, int mode, bool backwards, int64_t shortest) {
+  return backwards ? grad_input_row(axis, mode, shortest) : forward_row(axis, mode, shortest);
 }
 
 }  // namespace voxconv

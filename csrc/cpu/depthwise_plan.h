@@ -56,9 +56,14 @@ struct RowPlan {
   int32_t staged() const { return left + source_size + right; }
 };
 
-// The links and the row of a pass: forward, or backwards from the output to grad_input.
+// Classes of fewer destinations are too short to share loads between neighbours; of fewer planes,
+// where a tile is as tall as it is for all of them.
+constexpr int64_t kShortestClass = 4, kFewestPlanes = 2;
+
+// The links and the row of a pass: forward, or backwards from the output to grad_input. Classes
+// have `shortest` destinations or more, or the taps of all destinations are runs of one.
 Links links_of(const Axis& axis, int mode, bool backwards);
-RowPlan row_of(const Axis& axis, int mode, bool backwards);
+RowPlan row_of(const Axis& axis, int mode, bool backwards, int64_t shortest = kShortestClass);
 
 // The links of axis d, for a pass that gathers several source channels into one (the channel
 // multiplier of grad_input): repeated for each of them, source-major.

@@ -19,10 +19,14 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, by the cells of the
 # volume (up to that many: the smallest have short lines, larger ones leave one cache after the
-# other), and of a call. An FFT works on whole vectors of (batch, channel) pairs. Kernels with fewer
-# taps are left to the direct kernel in any case: the FFT spreads rounding, inf and NaN over the
-# volume.
-FFT_CELL_COST = ((2_000, 56), (16_000, 29), (64_000, 42), (250_000, 46), (math.inf, 80))
+# other), and of a call. The direct kernel gains more from AVX-512 than the FFT does. An FFT works on
+# whole vectors of (batch, channel) pairs. Kernels with fewer taps are left to the direct kernel in
+# any case: the FFT spreads rounding, inf and NaN over the volume.
+FFT_CELL_COST = (
+    ((2_000, 56), (16_000, 29), (64_000, 42), (250_000, 46), (math.inf, 80))
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    else ((2_000, 22), (16_000, 20), (64_000, 20), (250_000, 26), (math.inf, 36))
+)
 FFT_CALL_COST = 500_000
 FFT_MIN_TAPS = 7**3
 VECTOR_BYTES = 64
