@@ -214,10 +214,9 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   part_taps(a, tables);
   const bool lines = a.form == FlatForm::lines, merged = a.form == FlatForm::merged;
   const int64_t wide = merged || (lines && a.tile_rows == 4) ? line * lanes : lanes;
-  const bool aligned =
-      lines || ((merged || a.form == FlatForm::pairs) && w.in % wide == 0);
-  a.past_caches = written && aligned && (merged || a.most_runs * a.gather == 1) &&
-                  streams(a, target, wide);
+  const bool aligned = lines || ((merged || a.form == FlatForm::pairs) && w.in % wide == 0);
+  a.past_caches =
+      written && aligned && (merged || a.most_runs * a.gather == 1) && streams(a, target, wide);
   return result;
 }
 

@@ -116,7 +116,8 @@ RowPlan forward_row(const Axis& axis, int mode, int64_t shortest) {
 }
 
 RowPlan grad_input_row(const Axis& axis, int mode, int64_t shortest) {
-  if (mode == kZeros || axis.before + axis.after == 0) return gather_row(axis, axis.in, 0, shortest);
+  if (mode == kZeros || axis.before + axis.after == 0)
+    return gather_row(axis, axis.in, 0, shortest);
   RowPlan plan = gather_row(axis, axis.in + axis.before + axis.after, -axis.before, shortest);
   plan.keep = static_cast<int32_t>(axis.before);
   plan.kept = static_cast<int32_t>(axis.in);

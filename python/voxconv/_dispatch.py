@@ -19,13 +19,13 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, by the cells of the
 # volume (up to that many: the smallest have short lines, larger ones leave one cache after the
-# other), and of a call. The direct kernel gains more from AVX-512 than the FFT does. An FFT works on
+# other), and of a call. The direct kernel gains more from AVX-512 than the FFT. An FFT works on
 # whole vectors of (batch, channel) pairs. Kernels with fewer taps are left to the direct kernel in
 # any case: the FFT spreads rounding, inf and NaN over the volume.
 FFT_CELL_COST = (
-    ((2_000, 56), (16_000, 29), (64_000, 42), (250_000, 46), (math.inf, 80))
+    ((2_000, 95), (16_000, 39), (64_000, 50), (250_000, 51), (math.inf, 84))
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    else ((2_000, 22), (16_000, 20), (64_000, 20), (250_000, 26), (math.inf, 36))
+    else ((2_000, 30), (16_000, 20), (64_000, 25), (250_000, 32), (math.inf, 50))
 )
 FFT_CALL_COST = 500_000
 FFT_MIN_TAPS = 7**3
@@ -164,19 +164,22 @@ def _cpu_kernel(problem: Problem) -> Choice:
 
 
 def _direct_cost(problem: Problem) -> int:
-    """Multiply-adds of the direct kernel, less those with the padding."""
+    """Multiply-adds of the direct kernel: it leaves out planes of padding, but not cells of it."""
     kernel, stride, padding, dilation, _ = problem.geometry
     size = problem.x_shape[2:]
     out = problem.geometry.out_size((size[0], size[1], size[2]))
-    cost = problem.x_shape[0] * problem.weight_shape[0]
-    for axis in range(3):
-        step, skipped = dilation[axis], 0
-        for pad in padding[2 * axis : 2 * axis + 2]:
-            # Taps in the padding, from output to output: a triangle, cut off after the last output.
-            beyond = torch.sym_max(pad - out[axis] * stride[axis], 0)
-            pairs = pad * (pad + step) - beyond * (beyond + step)
-            skipped += pairs // (2 * step * stride[axis])
-        cost *= torch.sym_max(kernel[axis] * out[axis] - skipped, out[axis])
+    skipped = 0
+    for pad in padding[:2]:
+        # Taps in the padding, from output to output: a triangle, cut off after the last output.
+        beyond = torch.sym_max(pad - out[0] * stride[0], 0)
+        pairs = pad * (pad + dilation[0]) - beyond * (beyond + dilation[0])
+        skipped += pairs // (2 * dilation[0] * stride[0])
+    cost: int = problem.x_shape[0] * problem.weight_shape[0]
+    cost *= torch.sym_max(kernel[0] * out[0] - skipped, out[0])
+    for axis in (1, 2):
+        # Taps that meet nothing but padding are cut off.
+        met = (size[axis] - 1 + (out[axis] - 1) * stride[axis]) // dilation[axis] + 1
+        cost *= out[axis] * torch.sym_min(kernel[axis], met)
     return cost
 
 
