@@ -38,11 +38,19 @@ def test_zero_batch_dtypes(dtype: torch.dtype) -> None:
         assert all(t.dtype == dtype for t in all_passes(ours, case, case.make(dtype)).values())
 
 
+LARGE = [
+    Case("stride1", channels=16, size=(64, 64, 64), padding=1),
+    Case("stride2", channels=16, size=(64, 64, 64), padding=1, stride=(2, 2, 2)),
+    Case("lines3", channels=48, size=(43, 45, 47), padding=1),
+    Case("lines4", channels=48, size=(43, 45, 47), kernel=(2, 5, 4), padding="same"),
+    Case("lines7", channels=48, size=(43, 45, 47), kernel=(1, 3, 7), dilation=(1, 2, 3), padding=3),
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_targets_written_past_the_caches(stride: int, layout: str, threads: int) -> None:
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_targets_written_past_the_caches(case: Case, layout: str, threads: int) -> None:
     """Results of 16 MiB and more are, by every thread, and are all there."""
-    case = Case("large", channels=16, size=(64, 64, 64), padding=1, stride=(stride,) * 3)
     made = case.make(layout=layout)
     with on("direct"):
         got = all_passes(ours, case, made)

@@ -19,9 +19,9 @@ namespace {
 // Staged planes and sums of one piece should fit a private L2 next to the weights. Those of a group
 // of neighbouring blocks may be larger: its rows are read and written as whole runs of memory.
 constexpr int64_t kBlockBytes = 768 << 10, kGroupBytes = 1536 << 10;
-// The same for source planes that are read in place, in pieces of that many rows at the least. With
-// more taps of d and h than that it pays to stage them: measured.
-constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25;
+// Source planes that are read in place come in pieces of that many rows at the least. With more
+// taps of d and h than that it pays to stage them: measured.
+constexpr int64_t kInPlaceRows = 4, kInPlaceTaps = 25;
 // In place, vectors of neighbouring channels are visited together, in the order of memory. Sources
 // of more than that are asked for ahead of time, all for grad_weight with that many taps of d and
 // h. With as many, and rows of that many cells, the others had better stage cells that compete for
@@ -29,8 +29,9 @@ constexpr int64_t kInPlaceBytes = 384 << 10, kInPlaceRows = 4, kInPlaceTaps = 25
 constexpr int64_t kFarBytes = 32 << 20, kBusyTaps = 25, kBusyCells = 16;
 // Vectors of a part of a cache line: where cells do not compete, being no power of two of vectors,
 // those of one line are taken after those of the other; so it is with the busy kernels above.
-// Sources of more than kPartsBytes are asked for ahead of time, but had better be staged where
-// cells compete, and above kPartsFarBytes unless for grad_weight. Measured.
+// Sources of more than kPartsBytes, or that the second cache does not hold if a line is not all of
+// a cell, are asked for ahead of time. Above kPartsBytes they had better be staged where cells
+// compete; above kPartsFarBytes, unless for grad_weight, where cells are not whole lines. Measured.
 constexpr int64_t kPartsBytes = 4 << 20, kPartsFarBytes = 16 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 14;
@@ -94,6 +95,11 @@ bool cells_compete(const Conv3dShape& shape, const LaneMap& map, const Tensor& s
          (bytes % (4 * kLineBytes) == 0 || bytes * cells % kWayBytes == 0);
 }
 
+// Whether channels-last cells are whole cache lines.
+bool cells_are_lines(const LaneMap& map, const Tensor& tensor) {
+  return map.channels * static_cast<int64_t>(tensor.element_size()) % kLineBytes == 0;
+}
+
 // The kernels for channels-last tensors in place, if they can do a pass and had better.
 const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap& map, Pass pass,
                                          const Tensor& source, const Tensor& target) {
@@ -104,8 +110,8 @@ const DepthwiseKernels* in_place_kernels(const Conv3dShape& shape, const LaneMap
   const int64_t bytes = source.numel() * static_cast<int64_t>(source.element_size());
   const bool compete = is_power_of_two(map.blocks_per_item());
   const bool far = pass != Pass::grad_weight && bytes > kPartsFarBytes;
-  const bool parts = kernels && kernels->cell_bytes < kLineBytes && whole && bytes > kPartsBytes &&
-                     (compete || far);
+  const bool parts = kernels && kernels->cell_bytes < kLineBytes && whole &&
+                     (far ? !cells_are_lines(map, source) : compete && bytes > kPartsBytes);
   const bool suits = shape.mode == kZeros && shape.multiplier == 1 && full && !parts &&
                      map.channels >= map.lanes && is_channels_last_3d(source) &&
                      is_channels_last_3d(target) &&
@@ -123,15 +129,17 @@ Tiling in_place_tiling(const Links& d, const Conv3dShape& shape, Pass pass, int6
   const int64_t bytes = shape.axis[0].in * h.in * shape.axis[2].in * blocks * cell_bytes;
   const bool busy = shape.axis[0].kernel * h.kernel >= kBusyTaps;
   const bool compete = is_power_of_two(blocks);
-  const int64_t near_bytes = cell_bytes < kLineBytes ? kPartsBytes : kFarBytes;
-  const bool ahead = shape.batch * bytes > near_bytes || (busy && pass == Pass::grad_weight);
   const bool apart = cell_bytes < kLineBytes && map.channels % map.lanes == 0 && (busy || !compete);
   int64_t group = apart ? std::max<int64_t>(1, kLineBytes / cell_bytes) : kMostGroup;
   while (apart && group < kMostGroup && blocks % group != 0) ++group;
   group = std::min(group, blocks);
   while (blocks % group != 0) --group;  // threads get equal shares
+  const int64_t near_bytes = cell_bytes == kLineBytes ? kFarBytes
+                             : group < blocks         ? caches().second_bytes
+                                                      : kPartsBytes;
+  const bool ahead = shape.batch * bytes > near_bytes || (busy && pass == Pass::grad_weight);
   const int64_t row_bytes = group * row.source_size * cell_bytes;
-  const int64_t most_bytes = std::max(kInPlaceBytes, caches().second_bytes * 3 / 8);
+  const int64_t most_bytes = caches().second_bytes * 3 / 8;
   const int64_t sources = most_bytes / ((d.most_sources() + 1) * row_bytes);
   const int64_t most = std::max((sources - h.reach()) / h.stride, kInPlaceRows);
   const int64_t tiles = ceil_div(rows, most), tile_rows = ceil_div(rows, tiles);
@@ -179,7 +187,9 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.tiling = in_place ? in_place_tiling(d, shape, pass, a.target_size[1], row, kernels.cell_bytes,
                                         map, step)
                       : make_tiling(d, h, row, kernels.cell_bytes, map, step);
-  a.past_caches = in_place && map.channels % map.lanes == 0 && past_caches(target, map.lanes);
+  a.past_caches = in_place && cells_are_lines(map, target) &&
+                  a.tiling.group * kernels.cell_bytes % kLineBytes == 0 &&
+                  past_caches(target, kLineBytes / target.element_size());
   const size_t bytes = kernels.correlate_scratch(a);
   const int64_t unit_cells = a.tiling.tile_rows * a.target_size[2] * shape.taps() * a.gather;
   parallel_for(a.units(), kGrainCells / unit_cells, [&](int64_t begin, int64_t end) {

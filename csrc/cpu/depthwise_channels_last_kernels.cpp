@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "caches.h"
 #include "depthwise_args.h"
 
 #define VOXCONV_TARGET_FILE "depthwise_channels_last_kernels.inc"
