@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "caches.h"
+#include "depthwise_costs.h"
 #include "depthwise_flat_cells.h"
 #include "scratch.h"
 
@@ -17,10 +18,13 @@ constexpr int64_t kGrainVectors = 1 << 13;
 constexpr int64_t kUnits = 16, kPieceVectors = 64, kCopyBytes = 1 << 20;
 // Sums of a tap that are added up in one chain, at most.
 constexpr int64_t kChain = 1024;
-// What a vector of destinations and a tile of them cost besides their taps, in taps: measured.
-constexpr double kMoveCost = 20, kTileCost = 30;
-// The same for one of a pair, and what a tap of it costs; for a tile of one of the merged parts.
-constexpr double kPairMoveCost = 46, kPairTapCost = 1.7, kMergeCost = 600;
+// What one of a pair of destinations costs besides its taps, and what a tap of it costs, in taps of
+// a vector: measured.
+constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
+// Planes are split, or merged, from so many destinations of a channel on, with less than that of
+// the lanes idle otherwise: measured.
+constexpr int64_t kSplitCells = 6000, kSplitWeightCells = 2000, kMergeCells = 8000;
+constexpr double kFewIdle = 1.4;
 // Where a tile's planes are smaller than that, it asks for the planes of the next one: measured.
 constexpr int64_t kAheadBytes = 64 << 10;
 // Up to that many taps wait for memory: a target that is written past the caches is worth more than
@@ -248,19 +252,22 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   const int64_t planes = target_size(d, backwards);
   const int64_t block = pass == Pass::grad_weight ? kTileVectors : 1;
   const auto vectors = round_up(flat_vectors(form, h, w, map.lanes), block);
-  const double tile = kTileCost / (vectors * std::min<int64_t>(planes, 4));
-  const double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel;
-  // Of a stride of 2 backwards: what a destination has of the taps, and the vectors it is one of.
-  const double share = taps / (2 * h.stride);
-  const auto filled = [&](int64_t times) {
-    return ratio(times * vectors * map.lanes, h.in * w.in);
-  };
-  const double cost = form == FlatForm::pairs
-                          ? (kPairMoveCost + kPairTapCost * share) * filled(2) + tile
-                      : form == FlatForm::merged
-                          ? (kMoveCost + share) * filled(2 * h.stride) + kMergeCost / vectors
-                          : (kMoveCost + taps) * ratio(vectors * map.lanes, h.out * w.out) + tile;
-  return cost < channels_cost(shape, map, pass);
+  const double idle = idle_lanes(map);
+  if (form == FlatForm::split) {
+    const int64_t cells = d.out * h.out * w.out;
+    return idle > kFewIdle ||
+           cells >= (pass == Pass::grad_weight ? kSplitWeightCells : kSplitCells);
+  }
+  if (form == FlatForm::merged)
+    return idle > kFewIdle || d.in * h.in * w.in >= kMergeCells * d.stride * d.stride * d.stride;
+  const CostTable& cost = cost_table(pass, kernels.lanes * kernels.item_bytes);
+  const double channels = channels_cost(cost, shape, map, pass);
+  if (form != FlatForm::pairs) return flat_cost(cost, shape, map, pass, vectors) < channels;
+  // What a destination has of the taps, and the vectors it is one of.
+  const double share = live_taps(d, kZeros, backwards) * h.kernel * w.kernel / (2.0 * h.stride);
+  const double filled = ratio(2 * vectors * map.lanes, h.in * w.in);
+  const double tile = cost.flat_tile / (vectors * std::min<int64_t>(planes, 4));
+  return (kPairMoveCost + kPairTapCost * share) * filled + tile < channels;
 }
 
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "depthwise_costs.h"
 #include "scratch.h"
 
 namespace voxconv {
@@ -16,14 +17,6 @@ constexpr int64_t kPlanesBytes = 512 << 10;
 constexpr int64_t kTileBytes = 4 << 20;
 // Multiply-adds of a vector that are worth a thread.
 constexpr int64_t kGrainVectors = 1 << 13;
-// What a vector of destinations costs besides its taps, and a tap of lanes over channels, in taps
-// of lanes along w: measured. Channels are transposed in registers on their way in and out; a
-// staged plane is read for every plane of taps if rows are lines, and once if they are planes.
-struct CostTable {
-  double channels_move, channels_tap, lines_move, planes_move;
-};
-constexpr CostTable kCorrelateCost = {60, 1.3, 35, 30}, kGradWeightCost = {40, 1, HUGE_VAL, 15};
-
 // Sums that are moved to the target afterwards cost that much more.
 constexpr double kMoveSums = 1.1;
 // Sums of taps, which grad_weight fetches for every line, cost that much of one vector of it.
@@ -140,11 +133,6 @@ std::vector<LineRun> line_runs(const Window& line, int mode) {
   return runs;
 }
 
-// Taps of a destination, on average, dead ones too.
-double all_taps(const Axis& axis, bool backwards) {
-  return ratio(axis.kernel, backwards ? axis.stride : 1);
-}
-
 // A pass as the kernel wants it. RowsArgs points into the tables.
 struct RowsPass {
   RowsArgs args;
@@ -239,24 +227,6 @@ void run_units(const RowsArgs& a, int64_t lanes, const F& f) {
 
 }  // namespace
 
-double live_taps(const Axis& axis, int mode, bool backwards) {
-  int64_t live = 0;
-  for (int64_t o = 0; o < axis.out; ++o)
-    for (int64_t k = 0; k < axis.kernel; ++k)
-      live += source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode) >= 0;
-  return ratio(live, target_size(axis, backwards));
-}
-
-double channels_cost(const Conv3dShape& shape, const LaneMap& map, Pass pass) {
-  const Axis* axis = shape.axis;
-  const bool backwards = pass == Pass::grad_input;
-  const CostTable& cost = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
-  const double idle = ratio(map.blocks() * map.lanes, map.batch * map.channels);
-  return cost.channels_move + cost.channels_tap * live_taps(axis[0], shape.mode, backwards) *
-                                  live_taps(axis[1], shape.mode, backwards) *
-                                  all_taps(axis[2], backwards) * idle;
-}
-
 RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                    const Tensor& target) {
   const Axis* axis = shape.axis;
@@ -276,8 +246,8 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
   const int64_t tile = (kPieceRows * axis[0].stride + axis[0].reach()) * staged(1) * staged(2) *
                        rows_kernels(element_of(source)).item_bytes;
   const bool stacked = axis[1].stride == 1 && !folded(0) && tile <= kTileBytes;
-  const CostTable& cost = pass == Pass::grad_weight ? kGradWeightCost : kCorrelateCost;
-  const double channels = channels_cost(shape, map, pass);
+  const CostTable& cost = cost_table(pass, depthwise_kernels(element_of(source)).cell_bytes);
+  const double channels = channels_cost(cost, shape, map, pass);
   const double lines = cost.lines_move + live_d * all(1) * all(2) * waste(kNoAxis);
   const double planes =
       stacked ? cost.planes_move + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;

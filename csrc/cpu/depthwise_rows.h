@@ -10,12 +10,6 @@ namespace voxconv {
 // What a row is: a line of w, or a plane of such lines. None: lanes over channels suit better.
 enum class RowsForm { none, lines, planes };
 
-// What a vector of destinations costs with lanes over channels, in taps of lanes along w: measured.
-double channels_cost(const Conv3dShape& shape, const LaneMap& map, Pass pass);
-
-// Taps of a destination that read a cell of the source, on average.
-double live_taps(const Axis& axis, int mode, bool backwards);
-
 // Source and target of grad_weight are x and grad; its rows are never lines.
 RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                    const Tensor& target);

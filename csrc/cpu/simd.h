@@ -128,11 +128,17 @@ VOXCONV_INLINE void stream(float* p, Vec<float> v) { store(p, v); }
 VOXCONV_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
 VOXCONV_INLINE void finish_streams() {}
 #endif
-VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
+// To nearest, ties to even; NaNs come out wrong.
+VOXCONV_INLINE VecU32 rounded_bfloat16(Vec<float> v) {
   const VecU32 bits = (VecU32)v;
-  const VecU32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-  const VecU32 result = v != v ? VecU32{} + (uint32_t(kBf16Nan) << 16) : rounded;
-  const HalfVecU16 half = __builtin_convertvector(result >> 16, HalfVecU16);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+VOXCONV_INLINE VecU32 with_bfloat16_nans(VecU32 rounded, Vec<float> v) {
+  return v != v ? VecU32{} + kBf16Nan : rounded;
+}
+VOXCONV_INLINE void store(Bf16* p, Vec<float> v) {
+  const HalfVecU16 half =
+      __builtin_convertvector(with_bfloat16_nans(rounded_bfloat16(v), v), HalfVecU16);
   __builtin_memcpy(p, &half, sizeof half);
 }
 VOXCONV_INLINE void store(F16* p, Vec<float> v) {
@@ -226,114 +232,7 @@ VOXCONV_INLINE V multiply_add_where(M, V sum, V a, V b) {
 template <class T>
 constexpr uint16_t kAllLanes = static_cast<uint16_t>((1 << kLanes<T>)-1);
 
-// Copies fewer elements than a vector has.
-template <class T, class A, class B>
-VOXCONV_INLINE void copy_few(A* to, const B* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(to + i, widen(from[i]));
-}
-template <class T>
-VOXCONV_INLINE void copy_few(T* to, const T* from, int64_t count) {
-  int64_t i = 0;
-  unroll<3>([&](auto n) {
-    constexpr int half = kLanes<T> >> (decltype(n)::value + 1);
-    if (count & half) __builtin_memcpy(to + i, from + i, half * sizeof(T)), i += half;
-  });
-  for (; i < count; ++i) to[i] = from[i];
-}
-
-// The first `count` elements of a vector; the others are zero, and not touched in memory.
-template <class T, class E>
-VOXCONV_INLINE Vec<T> load_few(const E* p, int64_t count) {
-  E cell[kLanes<T>] = {};
-  for (int64_t i = 0; i < count; ++i) cell[i] = p[i];
-  return load(cell);
-}
-template <class T, class E>
-VOXCONV_INLINE void store_few(E* p, Vec<T> v, int64_t count) {
-  E cell[kLanes<T>];
-  store(cell, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = cell[i];
-}
-#if VOXCONV_VECTOR_BYTES == 64
-template <>
-VOXCONV_INLINE Vec<float> load_few<float, float>(const float* p, int64_t count) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
-}
-template <>
-VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
-  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
-}
-template <>
-VOXCONV_INLINE Vec<float> load_few<float, Bf16>(const Bf16* p, int64_t count) {
-  return widen_bfloat16((HalfVecU16)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
-}
-template <>
-VOXCONV_INLINE Vec<float> load_few<float, F16>(const F16* p, int64_t count) {
-  return (Vec<float>)_mm512_maskz_cvtph_ps(
-      0xffff, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
-}
-template <class E>
-VOXCONV_INLINE void store_few_halves(E* p, Vec<float> v, int64_t count) {
-  E cell[kLanes<float>];
-  store(cell, v);
-  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), _mm256_loadu_si256((__m256i*)cell));
-}
-template <>
-VOXCONV_INLINE void store_few<float, Bf16>(Bf16* p, Vec<float> v, int64_t count) {
-  store_few_halves(p, v, count);
-}
-template <>
-VOXCONV_INLINE void store_few<float, F16>(F16* p, Vec<float> v, int64_t count) {
-  store_few_halves(p, v, count);
-}
-#elif VOXCONV_VECTOR_BYTES == 32
-VOXCONV_INLINE __m256i first_few(int64_t count) {
-  const VecI32 index = {0, 1, 2, 3, 4, 5, 6, 7};
-  return (__m256i)(index < int32_t(count));
-}
-template <>
-VOXCONV_INLINE Vec<float> load_few<float, float>(const float* p, int64_t count) {
-  return (Vec<float>)_mm256_maskload_ps(p, first_few(count));
-}
-// A masked store is many instructions on some processors.
-template <>
-VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
-  float cell[kLanes<float>];
-  store(cell, v);
-  copy_few(p, cell, count);
-}
-#endif
-
-// Copies `lines` lines of `count` <= kLanes elements, converted if need be.
-template <class T, class A, class B>
-void copy_short_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_t lines,
-                      int64_t count) {
-#if VOXCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(A) == 4 && sizeof(B) == 4) {
-    if (count <= kLanes<T> / 2) {  // half a vector seldom crosses a cache line
-      const __mmask8 few = __mmask8((1u << count) - 1);
-      for (; lines > 0; --lines, to += to_step, from += from_step)
-        _mm256_mask_storeu_ps(to, few, _mm256_maskz_loadu_ps(few, from));
-      return;
-    }
-  }
-#endif
-  for (; lines > 0; --lines, to += to_step, from += from_step)
-    store_few<T>(to, load_few<T>(from, count), count);
-}
-
-// Copies `lines` lines of `count` elements, converted if need be; the last vector of a line may
-// overlap the one before.
-template <class T, class A, class B>
-void copy_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_t lines,
-                int64_t count) {
-  constexpr int64_t L = kLanes<T>;
-  if (count < L) return copy_short_lines<T>(to, to_step, from, from_step, lines, count);
-  for (; lines > 0; --lines, to += to_step, from += from_step) {
-    for (int64_t i = 0; i + L < count; i += L) store(to + i, load(from + i));
-    store(to + count - L, load(from + count - L));
-  }
-}
+#include "simd_copy.h"
 
 template <class U>
 void clear(U* cells, int64_t count) {

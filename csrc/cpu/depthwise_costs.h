@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ways to do a pass cost, for a vector of destinations, in taps of lanes along w:
+// measured.
+#pragma once
+#include "depthwise_args.h"
+#include "depthwise_host.h"
+
+namespace voxconv {
+
+// What a vector of destinations costs besides its taps. Lanes over channels transpose channels in
+// registers on their way in and out, and have taps of their own price. A staged plane is read for
+// every plane of taps if rows are lines, and once if they are planes. Planes that are lines
+// themselves (flat) are read where they lie, by tiles of planes: a tap of a short run costs more,
+// because it loads more, and tiles that are cut short may take as long as whole ones.
+struct CostTable {
+  double channels_move, channels_tap, lines_move, planes_move, flat_move, flat_tile, flat_loads;
+  bool whole_tiles;
+};
+
+const CostTable& cost_table(Pass pass, int64_t vector_bytes);
+
+// Taps of a destination that read a cell of the source, on average; dead ones too.
+double live_taps(const Axis& axis, int mode, bool backwards);
+double all_taps(const Axis& axis, bool backwards);
+
+// Of lanes over channels.
+double channels_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map,
+                     Pass pass);
+
+// Of planes that are lines, `vectors` of them in a plane.
+double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map, Pass pass,
+                 int64_t vectors);
+
+// Lanes over those that have a channel.
+double idle_lanes(const LaneMap& map);
+
+}  // namespace voxconv
