@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 namespace voxconv {
 namespace {
@@ -19,6 +21,20 @@ constexpr PassCosts kCosts32 = {{25, 1.2, 28, 28, 20, 10, 0.8, true},
 constexpr double kUsualLoads = 0.42;
 
 }  // namespace
+
+std::optional<Way> asked_way() {
+  static const std::optional<Way> asked = []() -> std::optional<Way> {
+    constexpr struct {
+      const char* name;
+      Way way;
+    } ways[] = {{"flat", Way::flat}, {"rows", Way::rows}, {"channels", Way::channels}};
+    const char* name = std::getenv("VOXCONV_CPU_WAY");
+    for (const auto& way : ways)
+      if (name && std::strcmp(name, way.name) == 0) return way.way;
+    return std::nullopt;
+  }();
+  return asked;
+}
 
 const CostTable& cost_table(Pass pass, int64_t vector_bytes) {
   const PassCosts& costs = vector_bytes == 64 ? kCosts64 : kCosts32;

@@ -17,6 +17,12 @@ struct CostTable {
   bool whole_tiles;
 };
 
+// Planes as lines, rows, lanes over channels.
+enum class Way { flat, rows, channels };
+
+// What VOXCONV_CPU_WAY asks for, where it can do a pass; none: costs decide.
+std::optional<Way> asked_way();
+
 const CostTable& cost_table(Pass pass, int64_t vector_bytes);
 
 // Taps of a destination that read a cell of the source, on average; dead ones too.

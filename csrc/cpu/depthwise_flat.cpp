@@ -2,6 +2,7 @@
 #include "depthwise_flat.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "caches.h"
 #include "depthwise_costs.h"
@@ -249,6 +250,7 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   if (shape.mode != kZeros || form == FlatForm::none || !planes_are_lines(target) ||
       !planes_are_lines(source))
     return false;
+  if (const std::optional<Way> way = asked_way()) return *way == Way::flat;
   const int64_t planes = target_size(d, backwards);
   const int64_t block = pass == Pass::grad_weight ? kTileVectors : 1;
   const auto vectors = round_up(flat_vectors(form, h, w, map.lanes), block);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "depthwise_costs.h"
@@ -251,7 +252,9 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
   const double lines = cost.lines_move + live_d * all(1) * all(2) * waste(kNoAxis);
   const double planes =
       stacked ? cost.planes_move + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;
-  if (channels < std::min(lines, planes)) return RowsForm::none;
+  const double rows = std::min(lines, planes);
+  const std::optional<Way> way = asked_way();
+  if (rows == HUGE_VAL || (way ? *way == Way::channels : channels < rows)) return RowsForm::none;
   return lines < planes ? RowsForm::lines : RowsForm::planes;
 }
 
