@@ -13,10 +13,11 @@ got moves a time by up to 1.8x. The median counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,6 +98,16 @@ class Lab:
         self.bench = Bench(options, (torch.float32, torch.bfloat16, torch.float16))
         self.suite_rows: list[Row] = []
 
+    @contextlib.contextmanager
+    def having(self, **changes: Any) -> Iterator[Options]:
+        """Measures with other options inside, which it yields."""
+        before = self.bench.options
+        self.bench.options = replace(before, **changes)
+        try:
+            yield self.bench.options
+        finally:
+            self.bench.options = before
+
     def suite(self) -> list[Row]:
         if not self.suite_rows:
             table = Table(self.bench.options.rivals)
@@ -129,10 +140,8 @@ def _roof(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
 
 def _speedup(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
     """However long the rival takes: --cap is for the suite, where it leaves out a row of many."""
-    options = lab.bench.options
-    lab.bench.options = replace(options, cap=math.inf)
-    row = lab.row(name, mode, options.rivals)
-    lab.bench.options = options
+    with lab.having(cap=math.inf) as options:
+        row = lab.row(name, mode, options.rivals)
     return [Figure(f"{name} {mode}", row["speedup"].get(bar.rival, math.nan))]
 
 
@@ -223,12 +232,10 @@ def judge(lab: Lab, bar: Bar) -> dict[str, Any]:
     else:
         measure, figures = PER_ROW[bar.metric], []
         places = 1 if bar.metric in ONE_PLACE else PLACES
-        options = lab.bench.options
-        lab.bench.options = replace(options, seconds=options.seconds / places)
-        for name in bar.rows:
-            for mode in bar.modes:
-                figures += in_places(partial(measure, lab, bar, name, mode), places)
-        lab.bench.options = options
+        with lab.having(seconds=lab.bench.options.seconds / places):
+            for name in bar.rows:
+                for mode in bar.modes:
+                    figures += in_places(partial(measure, lab, bar, name, mode), places)
     at_least = bar.metric in AT_LEAST
     wrong = [f for f in figures if math.isnan(f.value)]
     pick = min if at_least else max

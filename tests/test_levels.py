@@ -23,7 +23,7 @@ several_levels = pytest.mark.skipif(not LEVELS, reason="this processor has one l
 
 
 def _run(*command: str, **settings: str) -> str:
-    environment = os.environ | {"VOXCONV_EXAMPLES": "40"}
+    environment = os.environ | {"VOXCONV_EXAMPLES": "60"}
     for name in ("VOXCONV_CPU_LEVEL", "VOXCONV_CPU_WAY"):
         environment.pop(name, None)
     environment |= settings
