@@ -12,10 +12,10 @@ namespace {
 struct PassCosts {
   CostTable correlate, grad_weight;
 };
-constexpr PassCosts kCosts64 = {{60, 1.3, 35, 30, 20, 30, 0, false},
-                                {40, 1, HUGE_VAL, 15, 20, 30, 0, false}};
-constexpr PassCosts kCosts32 = {{25, 1.2, 28, 28, 20, 10, 0.8, true},
-                                {28, 1.1, HUGE_VAL, 28, 20, 10, 0.8, true}};
+constexpr PassCosts kCosts64 = {{60, 1.3, 35, 30, 0, 20, 30, 0, false},
+                                {40, 1, HUGE_VAL, 15, 0, 20, 30, 0, false}};
+constexpr PassCosts kCosts32 = {{25, 1.2, 28, 28, 1.5, 20, 10, 0.8, true},
+                                {28, 1.1, HUGE_VAL, 28, 1.5, 20, 10, 0.8, true}};
 
 // Loads for a multiply-add of a tile of 8 planes and a run of 3 taps, which the costs are of.
 constexpr double kUsualLoads = 0.42;
@@ -57,13 +57,19 @@ double idle_lanes(const LaneMap& map) {
   return ratio(map.blocks() * map.lanes, map.batch * map.channels);
 }
 
+double staged(const CostTable& cost, double move, const Axis& w, bool backwards) {
+  const int64_t gaps = (w.dilation - 1) * (w.kernel - 1);
+  return move * (1 + cost.staged_gaps * ratio(gaps, target_size(w, backwards)));
+}
+
 double channels_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map,
                      Pass pass) {
   const Axis* axis = shape.axis;
   const bool backwards = pass == Pass::grad_input;
-  return cost.channels_move + cost.channels_tap * live_taps(axis[0], shape.mode, backwards) *
-                                  live_taps(axis[1], shape.mode, backwards) *
-                                  all_taps(axis[2], backwards) * idle_lanes(map);
+  return staged(cost, cost.channels_move, axis[2], backwards) +
+         cost.channels_tap * live_taps(axis[0], shape.mode, backwards) *
+             live_taps(axis[1], shape.mode, backwards) * all_taps(axis[2], backwards) *
+             idle_lanes(map);
 }
 
 double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map, Pass pass,
@@ -71,15 +77,16 @@ double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap&
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
   const bool backwards = pass == Pass::grad_input;
   const int64_t planes = target_size(d, backwards);
-  // Tiles are of planes that share taps: with a dilation, of every so many.
-  const int64_t classes = std::min(d.dilation, planes), together = ceil_div(planes, classes);
-  const int64_t tile = together > 4 ? 8 : 4;
+  // Tiles are of planes that share taps: with a dilation, of every so many, and of one more in some
+  // of these classes. The last tile of a class is of 4 planes if that is enough.
+  const int64_t classes = std::min(d.dilation, planes), shorter = planes / classes;
+  const int64_t longer = planes % classes, tile = shorter + (longer > 0) > 4 ? 8 : 4;
   const double loads = ratio(tile + d.kernel - 1, tile * d.kernel);
   double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel *
                 (1 + cost.flat_loads * (loads - kUsualLoads));
-  // Those of grad_weight skip what is not there of their second half: measured.
-  const int64_t whole = round_up(together, pass == Pass::grad_weight ? 4 : tile);
-  if (cost.whole_tiles) taps *= ratio(whole * classes, planes);
+  const int64_t whole =
+      (classes - longer) * round_up(shorter, 4) + longer * round_up(shorter + 1, 4);
+  if (cost.whole_tiles) taps *= ratio(whole, planes);
   return (cost.flat_move + taps) * ratio(vectors * map.lanes, h.out * w.out) +
          cost.flat_tile / (vectors * std::min<int64_t>(planes, 4));
 }

@@ -13,7 +13,8 @@ namespace voxconv {
 // themselves (flat) are read where they lie, by tiles of planes: a tap of a short run costs more,
 // because it loads more, and tiles that are cut short may take as long as whole ones.
 struct CostTable {
-  double channels_move, channels_tap, lines_move, planes_move, flat_move, flat_tile, flat_loads;
+  double channels_move, channels_tap, lines_move, planes_move, staged_gaps;
+  double flat_move, flat_tile, flat_loads;
   bool whole_tiles;
 };
 
@@ -28,6 +29,9 @@ const CostTable& cost_table(Pass pass, int64_t vector_bytes);
 // Taps of a destination that read a cell of the source, on average; dead ones too.
 double live_taps(const Axis& axis, int mode, bool backwards);
 double all_taps(const Axis& axis, bool backwards);
+
+// What a staged vector costs to move, with lines along w.
+double staged(const CostTable& cost, double move, const Axis& w, bool backwards);
 
 // Of lanes over channels.
 double channels_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map,

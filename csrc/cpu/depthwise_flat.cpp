@@ -33,6 +33,10 @@ constexpr int64_t kAheadBytes = 64 << 10;
 constexpr int64_t kFewTaps = 64;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
+// Planes of a tile that lie a multiple of that apart compete for the buffers between the processor
+// and memory, if half a cache line is written at a time: measured.
+constexpr int64_t kBuffersBytes = 2048;
+
 struct FlatPass {
   FlatArgs args;
   FlatTables tables;
@@ -220,8 +224,10 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   const bool lines = a.form == FlatForm::lines, merged = a.form == FlatForm::merged;
   const int64_t wide = merged || (lines && a.tile_rows == 4) ? line * lanes : lanes;
   const bool aligned = lines || ((merged || a.form == FlatForm::pairs) && w.in % wide == 0);
-  a.past_caches =
-      written && aligned && (merged || a.most_runs * a.gather == 1) && streams(a, target, wide);
+  const int64_t apart = plane_step(d, pass == Pass::grad_input) * a.target.d * kernels.item_bytes;
+  const bool clash = lines && line > 1 && apart % kBuffersBytes == 0;
+  a.past_caches = written && aligned && !clash && (merged || a.most_runs * a.gather == 1) &&
+                  streams(a, target, wide);
   return result;
 }
 

@@ -112,6 +112,8 @@ struct FlatArgs : PassTensors {
   int64_t pieces, piece_vectors;  // a plane is cut into
   int64_t chunk_tiles;            // of a unit
 
+  // Destination planes of the tile that sums so many: few of them take one of 4.
+  int64_t height(const FlatRows& tile) const { return tile.count > 4 ? tile_rows : 4; }
   // Cells of the parts of a merged tile.
   int64_t merged_cells() const {
     return form == FlatForm::merged ? part_count * tile_rows * split.step : 0;

@@ -243,15 +243,16 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
   const auto waste = [&](const Axis& line) {
     return row_lanes(line, axis[2], pass, map.lanes, target).waste;
   };
-  const auto staged = [&](int i) { return target_size(axis[i], backwards) + axis[i].reach(); };
-  const int64_t tile = (kPieceRows * axis[0].stride + axis[0].reach()) * staged(1) * staged(2) *
+  const auto size = [&](int i) { return target_size(axis[i], backwards) + axis[i].reach(); };
+  const int64_t tile = (kPieceRows * axis[0].stride + axis[0].reach()) * size(1) * size(2) *
                        rows_kernels(element_of(source)).item_bytes;
   const bool stacked = axis[1].stride == 1 && !folded(0) && tile <= kTileBytes;
   const CostTable& cost = cost_table(pass, depthwise_kernels(element_of(source)).cell_bytes);
   const double channels = channels_cost(cost, shape, map, pass);
-  const double lines = cost.lines_move + live_d * all(1) * all(2) * waste(kNoAxis);
+  const auto move = [&](double of) { return staged(cost, of, axis[2], backwards); };
+  const double lines = move(cost.lines_move) + live_d * all(1) * all(2) * waste(kNoAxis);
   const double planes =
-      stacked ? cost.planes_move + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;
+      stacked ? move(cost.planes_move) + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;
   const double rows = std::min(lines, planes);
   const std::optional<Way> way = asked_way();
   if (rows == HUGE_VAL || (way ? *way == Way::channels : channels < rows)) return RowsForm::none;
