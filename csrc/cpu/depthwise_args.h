@@ -105,17 +105,16 @@ struct Group {
   int64_t first, count;
 };
 
-inline int64_t groups_of(const LaneMap& map, const Tiling& tiling) {
+// Groups of `size` blocks, none of which belongs to two items.
+inline int64_t groups_of(const LaneMap& map, int64_t size) {
   const int64_t item = map.split_batch ? map.blocks_per_item() : map.blocks();
-  return (item + tiling.group - 1) / tiling.group * (map.blocks() / item);
+  return (item + size - 1) / size * (map.blocks() / item);
 }
 
-inline Group group_at(const LaneMap& map, const Tiling& tiling, int64_t index) {
+inline Group group_at(const LaneMap& map, int64_t size, int64_t index) {
   const int64_t item = map.split_batch ? map.blocks_per_item() : map.blocks();
-  const int64_t per_item = (item + tiling.group - 1) / tiling.group;
-  const int64_t first = index % per_item * tiling.group;
-  return {index / per_item * item + first,
-          item - first < tiling.group ? item - first : tiling.group};
+  const int64_t per_item = (item + size - 1) / size, first = index % per_item * size;
+  return {index / per_item * item + first, item - first < size ? item - first : size};
 }
 
 // target = bias + sum over taps of source * weight: forward, and grad_input read backwards.
@@ -134,7 +133,7 @@ struct CorrelateArgs {
   bool past_caches;  // the target is written there, if it is in place
 
   // One unit of work is a destination plane of a piece of a group.
-  int64_t units() const { return groups_of(map, tiling) * tiling.tiles * target_size[0]; }
+  int64_t units() const { return groups_of(map, tiling.group) * tiling.tiles * target_size[0]; }
 };
 
 // What the passes with lanes along w know of their tensors. Target channel c reads source channels
@@ -211,7 +210,7 @@ struct GradWeightArgs {
   RowView w;
   Tiling tiling;
   int64_t chunks, chunk_planes;
-  int64_t tasks() const { return groups_of(map, tiling) * chunks; }
+  int64_t tasks() const { return groups_of(map, tiling.group) * chunks; }
 };
 
 // The kernels of one instruction set for one element type.

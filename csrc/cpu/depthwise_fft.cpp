@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "caches.h"
 #include "depthwise_host.h"
 #include "result_memory.h"
 #include "scratch.h"
@@ -18,6 +19,8 @@ namespace {
 
 // Scratch that a thread keeps, at most. A task that needs more has the threads to itself.
 constexpr int64_t kKeptBytes = 64 << 20;
+// Scratch up to which blocks that share cache lines are worth having side by side: measured.
+constexpr int64_t kGroupBytes = 3 << 20;
 // Cells of a transformed volume that are worth a thread.
 constexpr int64_t kGrainCells = 1 << 13;
 
@@ -75,13 +78,15 @@ SpectralArgs tile_args(const SpectralPlan& plan, const SpectralTile& tile, const
   return a;
 }
 
-// The work of a pass. A task is a block of lanes of a tile, its steps are the terms of a sum. Where
-// the sum goes over the tiles too (grad_weight), a task is a block, and tiles are among its steps.
+// The work of a pass. A task is a group of blocks of lanes of a tile: if they are few and small,
+// those that share the cache lines of channels-last tensors. Its steps are the terms of a sum.
+// Where the sum goes over the tiles too (grad_weight), a task is a group, and tiles are among its
+// steps.
 class Tasks {
  public:
   Tasks(const SpectralPlan& plan, const Convolution& c, bool over_tiles,
         const SpectralKernels& kernels, int64_t item_bytes)
-      : kernels_(kernels), terms_(c.terms), over_tiles_(over_tiles) {
+      : kernels_(kernels), map_(c.map), terms_(c.terms), over_tiles_(over_tiles) {
     const auto odd = [](int64_t cells) { return cells | 1; };  // see SpectralPlan about pitches
     int64_t column_a = 0, column_b = 0, column_result = 0;
     for (const SpectralTile& tile : plan.tiles()) {
@@ -92,9 +97,8 @@ class Tasks {
       own_bytes_ = std::max(own_bytes_, a.own_vectors() * kernels.cell_bytes);
       row_units_ = std::max(row_units_, a.row_units());
     }
-    const auto tiles = static_cast<int64_t>(tiles_.size()), blocks = c.map.blocks();
+    const auto tiles = static_cast<int64_t>(tiles_.size());
     steps_ = over_tiles ? terms_ * tiles : terms_;
-    count_ = over_tiles ? blocks : blocks * tiles;
     // One layout for all tiles: a sum stays where it is from step to step.
     for (SpectralArgs& a : tiles_) {
       a.summed = steps_ > 1;
@@ -102,7 +106,14 @@ class Tasks {
       a.column_b = column_b;
       a.column_result = a.summed ? column_result : a.column_a;
     }
-    shared_bytes_ = tiles_[0].shared_vectors() * kernels.cell_bytes;
+    const int64_t block_bytes = tiles_[0].shared_vectors() * kernels.cell_bytes;
+    const auto set_group = [&](int64_t blocks) {
+      group_ = blocks;
+      shared_bytes_ = blocks * block_bytes;
+      count_ = groups_of(map_, blocks) * (over_tiles ? 1 : tiles);
+    };
+    set_group(map_.split_batch ? kLineBytes / (map_.lanes * item_bytes) : 1);
+    if (shared_bytes_ > kGroupBytes || count_ < num_threads()) set_group(1);
   }
 
   // Whole tasks, as many for each thread, as long as there are enough; of the others, and of tasks
@@ -124,8 +135,8 @@ class Tasks {
   const SpectralArgs& args(int64_t task, int64_t step) const {
     return tiles_[over_tiles_ ? step / terms_ : task % static_cast<int64_t>(tiles_.size())];
   }
-  int64_t block(int64_t task) const {
-    return over_tiles_ ? task : task / static_cast<int64_t>(tiles_.size());
+  Group group(int64_t task) const {
+    return group_at(map_, group_, over_tiles_ ? task : task / static_cast<int64_t>(tiles_.size()));
   }
 
   void run_whole(int64_t begin, int64_t end) const {
@@ -133,11 +144,11 @@ class Tasks {
     for (int64_t task = begin; task < end; ++task) {
       for (int64_t step = 0; step < steps_; ++step) {
         const SpectralArgs& a = args(task, step);
-        kernels_.rows(a, block(task), step % terms_, 0, a.row_units(), shared, own);
-        kernels_.columns(a, step == 0, 0, a.columns, shared, own);
+        kernels_.rows(a, group(task), step % terms_, 0, a.row_units(), shared, own);
+        kernels_.columns(a, group(task), step == 0, 0, a.columns, shared, own);
       }
       const SpectralArgs& a = args(task, 0);
-      kernels_.planes(a, block(task), 0, a.result.size[0], shared, own);
+      kernels_.planes(a, group(task), 0, a.result.size[0], shared, own);
     }
   }
 
@@ -146,18 +157,18 @@ class Tasks {
     for (int64_t step = 0; step < steps_; ++step) {
       share_out(count, row_units_, [&](int64_t i, int64_t begin, int64_t end, void* own) {
         const SpectralArgs& a = args(first + i, step);
-        kernels_.rows(a, block(first + i), step % terms_, begin, std::min(end, a.row_units()),
+        kernels_.rows(a, group(first + i), step % terms_, begin, std::min(end, a.row_units()),
                       shared + i * shared_bytes_, own);
       });
       share_out(count, tiles_[0].columns, [&](int64_t i, int64_t begin, int64_t end, void* own) {
-        kernels_.columns(args(first + i, step), step == 0, begin, end, shared + i * shared_bytes_,
-                         own);
+        kernels_.columns(args(first + i, step), group(first + i), step == 0, begin, end,
+                         shared + i * shared_bytes_, own);
       });
     }
     share_out(count, tiles_[0].result.size[0],
               [&](int64_t i, int64_t begin, int64_t end, void* own) {
                 const SpectralArgs& a = args(first + i, 0);
-                kernels_.planes(a, block(first + i), begin, std::min(end, a.result.size[0]),
+                kernels_.planes(a, group(first + i), begin, std::min(end, a.result.size[0]),
                                 shared + i * shared_bytes_, own);
               });
   }
@@ -177,8 +188,9 @@ class Tasks {
   }
 
   const SpectralKernels& kernels_;
+  const LaneMap map_;
   std::vector<SpectralArgs> tiles_;
-  int64_t terms_, steps_, count_;
+  int64_t terms_, steps_, group_, count_;
   bool over_tiles_;
   int64_t shared_bytes_, own_bytes_ = 0, row_units_ = 0;
 };

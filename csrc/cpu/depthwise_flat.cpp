@@ -213,15 +213,18 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
                    streams(a, target, line * lanes);
   place_planes(a, tables, d, pass, kernels, low);
   place_cells(a, tables, h, w, pass, kernels);
-  const bool strips = pass == Pass::grad_weight && a.form == FlatForm::lines;
-  if (!widened && a.form != FlatForm::split && (strips || !a.compete || a.apart)) {
+  const bool lines = a.form == FlatForm::lines, split = a.form == FlatForm::split;
+  const bool strips = lines && pass == Pass::grad_weight;
+  // Where planes are copies, those of the next tile are asked for.
+  const bool copies = split || widened || a.apart;
+  if (copies ? !widened || (lines && kernels.asks_widened) : strips || !a.compete) {
     a.ahead = a.after + kernels.ahead_vectors * kernels.lanes;
-    a.ahead_planes = a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
+    a.ahead_planes = !split && a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
-  a.next_cells = a.form == FlatForm::split ? h.stride * w.stride : 1;
+  a.next_bytes = (split ? h.stride * w.stride : 1) * static_cast<int64_t>(source.element_size());
   cut_pieces(a, kernels, pass);
   part_taps(a, tables);
-  const bool lines = a.form == FlatForm::lines, merged = a.form == FlatForm::merged;
+  const bool merged = a.form == FlatForm::merged;
   const int64_t wide = merged || (lines && a.tile_rows == 4) ? line * lanes : lanes;
   const bool aligned = lines || ((merged || a.form == FlatForm::pairs) && w.in % wide == 0);
   const int64_t apart = plane_step(d, pass == Pass::grad_input) * a.target.d * kernels.item_bytes;

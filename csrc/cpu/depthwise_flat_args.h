@@ -96,7 +96,7 @@ struct FlatArgs : PassTensors {
   // (0: it is not), or the same cells of the planes of the next tile.
   int64_t ahead;
   bool ahead_planes;
-  int64_t next_cells;  // of the source, for each cell of the target
+  int64_t next_bytes;  // of the source, for each cell of the target
   const int64_t *half_from, *half_to, *half_cells;
   int64_t half;       // 0: vectors are not made of halves
   bool whole_halves;  // all of half_cells are a vector
@@ -184,6 +184,7 @@ struct FlatKernels {
   int64_t tall, tall_run, step_tall, step_tall_run;  // as lines, as halves
   bool splits;            // rather than to make vectors of halves, and merges
   int64_t ahead_vectors;  // to those that are asked for
+  bool asks_widened;      // for planes that are copied to be widened
 };
 
 // The kernels for this processor.

@@ -33,10 +33,10 @@ struct SpectralOperand {
 // columns 0 .. N / 2 of the spectrum are kept. Of planes and rows that hold no element of an
 // operand, or none of the result, nothing is ever computed.
 //
-// A block of lanes owns a `shared` scratch: for every column of w the [d, h] cells of a, of b and
-// of the result, transformed along w alone. The result replaces a, unless it is a sum over steps. A
-// thread owns a plane of real cells, four lines, and of each operand one column transformed along
-// h. Sizes count vectors; a complex cell is two.
+// A group of blocks of lanes owns a `shared` scratch. It has, for each block and every column of w
+// the [d, h] cells of a, of b and of the result, transformed along w alone. The result replaces a,
+// unless it is a sum over steps. A thread owns a plane of real cells, four lines, and of each
+// operand one column transformed along h. Sizes count vectors; a complex cell is two.
 struct SpectralArgs {
   SpectralOperand a, b, result;
   const void* bias;  // [channels] or null
@@ -52,23 +52,28 @@ struct SpectralArgs {
   int64_t shared_vectors() const {
     return begin_b() + columns * (column_b + (summed ? column_result : 0));
   }
+  // Of the shared scratch of a group: that of a block.
+  template <class V>
+  V* shared_of(void* shared, int64_t block) const {
+    return static_cast<V*>(shared) + block * shared_vectors();
+  }
   int64_t own_vectors() const { return plane + 4 * line + own_a + own_b; }
   int64_t row_units() const { return a.size[0] + b.size[0]; }
 };
 
-// One block in three phases, whose units are independent of each other: who computes which unit
-// changes nothing.
+// A group in three phases, whose units are independent of each other: who computes which unit
+// changes nothing. A unit is one of all blocks of the group, as these share cache lines.
 struct SpectralKernels {
   int64_t lanes, cell_bytes;
   // Units are planes: those of a, then those of b, transformed along w.
-  void (*rows)(const SpectralArgs&, int64_t block, int64_t term, int64_t begin, int64_t end,
+  void (*rows)(const SpectralArgs&, Group group, int64_t term, int64_t begin, int64_t end,
                void* shared, void* own);
   // Units are columns: transformed along h and d, multiplied, transformed back along d and h, and
   // if summed added to what there is, but for the first step.
-  void (*columns)(const SpectralArgs&, bool first, int64_t begin, int64_t end, void* shared,
-                  void* own);
+  void (*columns)(const SpectralArgs&, Group group, bool first, int64_t begin, int64_t end,
+                  void* shared, void* own);
   // Units are planes of the result: transformed back along w and written to the tensor.
-  void (*planes)(const SpectralArgs&, int64_t block, int64_t begin, int64_t end, void* shared,
+  void (*planes)(const SpectralArgs&, Group group, int64_t begin, int64_t end, void* shared,
                  void* own);
 };
 
