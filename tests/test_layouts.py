@@ -113,6 +113,18 @@ def test_mixed_layouts(case: Case, x_layout: str, grad_layout: str) -> None:
         assert_case(case, tensors, torch.float32, versus_torch=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_fft_of_channels_that_share_cache_lines(dtype: torch.dtype) -> None:
+    """Vectors of channels go side by side where they share lines, the last ones do not fill one."""
+    case = Case("lines", n=2, channels=70, size=(5, 6, 7), kernel=(3, 5, 3), padding=(1, 2, 1))
+    with on("fft"):
+        last = all_passes(ours, case, case.make(dtype, layout=CHANNELS_LAST))
+        alone = all_passes(ours, case, case.make(dtype))
+        assert_case(case, case.make(dtype, layout=CHANNELS_LAST), dtype, versus_torch=False)
+    by_fft = [name for name in PASSES if name != "grad_bias"]
+    assert all(bitwise_equal(last[name], alone[name]) for name in by_fft)
+
+
 @pytest.mark.parametrize("stored", ["channels_last", "sliced", "stepped", "w_outermost"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", WALKED, ids=str)
