@@ -44,6 +44,10 @@ ANY_CONV = [
     _row(TypeError, "stride", "2.0", id="stride_float_in_triple", stride=(1, 2.0, 1)),
     _row(TypeError, "stride", "'2'", id="stride_word", stride="2"),
     _row(TypeError, "stride", "None", id="stride_none", stride=None),
+    _row(TypeError, "stride", "tensor(True)", id="stride_bool", stride=torch.tensor(True)),
+    _row(TypeError, "stride", "bytes", id="stride_bytes", stride=b"\1\2\3"),
+    _row(TypeError, "padding", "bytes", id="padding_bytes", padding=b"\1\2\3\4"),
+    _row(ValueError, "padding", "pairs", id="padding_pairs_bytes", padding=[b"\1\2"] * 3),
     _row(ValueError, "dilation", "0", id="dilation_0", dilation=(1, 1, 0)),
     _row(ValueError, "dilation", "-1", id="dilation_negative", dilation=-1),
     _row(TypeError, "dilation", "0.5", id="dilation_float", dilation=0.5),
@@ -58,6 +62,7 @@ ANY_CONV = [
     _row(TypeError, "padding", "0.5", id="padding_pair_float", padding=((0, 0.5), (1, 1), (1, 1))),
     _row(ValueError, "padding", "full", id="padding_word", padding="full"),
     _row(TypeError, "list", id="x_list", input=[1.0, 2.0]),
+    _row(TypeError, "nested", id="x_nested", input=torch.nested.nested_tensor([X[0], X[0]])),
     _row(TypeError, "ndarray", id="x_numpy", input=numpy.zeros((2, 3, 5, 6, 7), numpy.float32)),
     _row(TypeError, "NoneType", id="weight_none", weight=None),
     _row(TypeError, "float", id="bias_number", bias=1.0),
@@ -170,6 +175,25 @@ def test_conv_transpose3d(
 def test_explain(changes: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
     """What cannot run cannot be explained either, with the same words."""
     _refused(voxconv.explain, {"groups": 3} | changes, error, words)
+
+
+@pytest.mark.parametrize("function", [voxconv.conv3d, voxconv.conv_transpose3d])
+@pytest.mark.parametrize("groups", [None, 1.0, "3", True])
+def test_groups_are_an_integer(function: Callable[..., torch.Tensor], groups: Any) -> None:
+    with pytest.raises(TypeError, match="groups must be made of integers, got "):
+        function(X, W, groups=groups)
+
+
+def test_no_filters() -> None:
+    with pytest.raises(ValueError, match=r"no filters: .*weight \(0, 3, 3, 3, 3\)"):
+        voxconv.conv3d(X, torch.zeros(0, 3, 3, 3, 3))
+
+
+def test_explain_knows_what_a_function_has() -> None:
+    with pytest.raises(ValueError, match="conv_transpose3d has no padding_mode, got 'reflect'"):
+        voxconv.explain(X, W, padding=1, padding_mode="reflect", transposed=True)
+    with pytest.raises(ValueError, match=r"conv3d has no output_padding, got \(1, 0, 0\)"):
+        voxconv.explain(X, W, output_padding=(1, 0, 0))
 
 
 def test_the_good_arguments_are_good() -> None:

@@ -81,6 +81,17 @@ class TestReport:
         monkeypatch.setattr(cli, "_cpuinfo", lambda key: flags)
         assert dict(cli.environment())["SIMD"].startswith(f"{level}, torch uses")
 
+    def test_simd_level_that_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli, "_cpuinfo", lambda key: "avx2 bmi1 bmi2 f16c fma abm movbe")
+        for asked, level in (("baseline", "x86-64 baseline"), ("x86-64-v4", "x86-64-v3")):
+            monkeypatch.setenv("VOXCONV_CPU_LEVEL", asked)
+            assert dict(cli.environment())["SIMD"].startswith(level)
+
+    def test_a_reader_that_stops(self) -> None:
+        command = f"{sys.executable} -m voxconv | true"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
+
     def test_as_a_program(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "voxconv"], capture_output=True, text=True, check=True
@@ -192,7 +203,22 @@ class TestDemo:
         assert f"cannot read {scan}" in self._fails(capsys, tmp_path, "--volume", str(scan))
 
     def test_a_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "no such file" in self._fails(capsys, tmp_path, "--volume", str(tmp_path))
+        assert "a folder" in self._fails(capsys, tmp_path, "--volume", str(tmp_path))
+
+    def test_an_empty_series(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = _save(tmp_path / "none.nii", torch.zeros(8, 8, 8, 0))
+        assert "(8, 8, 8, 0)" in self._fails(capsys, tmp_path, "--volume", str(path))
+
+    def test_complex_voxels(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = _save(tmp_path / "complex.nii", torch.rand(8, 8, 8, dtype=torch.complex64))
+        assert "complex64" in self._fails(capsys, tmp_path, "--volume", str(path))
+
+    def test_colours(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "colours.nii"
+        voxels = torch.zeros(8, 8, 8, 3, dtype=torch.uint8).numpy()
+        voxels = voxels.view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+        nibabel.save(nibabel.Nifti1Image(voxels, torch.eye(4).numpy()), path)
+        assert "not real numbers" in self._fails(capsys, tmp_path, "--volume", str(path))
 
     def test_no_contrast(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = _save(tmp_path / "flat.nii", torch.full((8, 8, 8), 3.0))
@@ -212,6 +238,10 @@ class TestDemo:
     def test_bad_out(self, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / out
         assert f"cannot write {path}" in self._fails(capsys, tmp_path, "--out", str(path))
+
+    def test_out_is_a_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "demo.png").mkdir()
+        assert "a folder" in self._fails(capsys, tmp_path, "--out", str(tmp_path / "demo.png"))
 
     @pytest.mark.parametrize("package", ["nibabel", "matplotlib", "tqdm"])
     def test_missing_package(
@@ -252,6 +282,20 @@ class TestVolume:
         volume[0, 0, 0], volume[1, 0, 0] = torch.nan, torch.inf
         loaded = demo.load_volume(_save(tmp_path / "holes.nii", volume))
         torch.testing.assert_close(loaded, _ball().permute(2, 1, 0))
+
+    @pytest.mark.parametrize("scale", [1e36, 1e300])
+    def test_voxels_of_any_size(self, scale: float, tmp_path: Path) -> None:
+        volume = demo.load_volume(_save(tmp_path / "huge.nii", _ball().double() * scale))
+        block, _ = demo.prepare(volume, 64)
+        usual, _ = demo.prepare(_ball().permute(2, 1, 0), 64)
+        torch.testing.assert_close(block, usual, atol=1e-5, rtol=1e-5)
+
+    def test_no_axis_is_too_short(self) -> None:
+        volume = torch.zeros(20, 20, 20)
+        volume[9, 9, 9] = 1
+        block, labels = demo.prepare(volume, 64)
+        assert block.shape[2:] == labels.shape[1:] == (16, 16, 16)
+        assert block.isfinite().all()
 
     def test_the_scan_of_nibabel(self) -> None:
         block, labels = demo.prepare(demo.load_volume(None), 96)

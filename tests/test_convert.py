@@ -249,6 +249,34 @@ def test_no_convolutions() -> None:
     assert str(report) == "voxconv.convert: 0 of 0 3-D convolutions swapped"
 
 
+@compiled
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv3d(4, 4, 3, padding=40, padding_mode="reflect", groups=4),
+        nn.Conv3d(4, 4, 3, padding=40, padding_mode="circular", groups=4),
+        nn.ConvTranspose3d(4, 4, 3, padding=20, groups=4),
+    ],
+    ids=["reflect", "circular", "transposed"],
+)
+def test_much_padding(layer: nn.Module) -> None:
+    assert len(convert(nn.Sequential(layer)).swapped) == 1
+
+
+@compiled
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "kernel_size"])
+def test_a_number_in_place_of_three(name: str) -> None:
+    """What was set by hand, as torch's forward takes it."""
+    model = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1, groups=4))
+    setattr(model[0], name, 3 if name == "kernel_size" else 2)
+    x = torch.randn(1, 4, 7, 8, 9)
+    before = model(x)
+    assert len(convert(model).swapped) == 1
+    torch.testing.assert_close(model(x), before)
+    assert len(revert(model).swapped) == 1
+    assert torch.equal(model(x), before)
+
+
 class TestLeftAlone:
     def _reason(self, layer: nn.Module) -> str:
         kind = type(layer)
@@ -274,6 +302,15 @@ class TestLeftAlone:
         assert self._reason(lazy) == "lazy: run the model once first"
         lazy(torch.zeros(1, 3, 4, 4, 4))
         assert len(convert(lazy, everything=True).swapped) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8])
+def test_types_that_no_call_takes(dtype: torch.dtype) -> None:
+    layer = nn.Conv3d(4, 4, 3, groups=4)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    report = convert(nn.Sequential(nn.Conv3d(4, 4, 3, groups=4), layer), everything=True)
+    assert _names(report.swapped) == ["0"]
+    assert str(dtype) in report.left[0].reason
 
 
 class TestParametrized:

@@ -292,3 +292,23 @@ def test_without_the_compiled_part() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VOXCONV_CPU_LEVEL", "avx2"),
+        ("VOXCONV_CPU_WAY", "fastest"),
+        ("VOXCONV_CACHE_MIB", "2GB"),
+        ("VOXCONV_CACHE_MIB", "-5"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_told(name: str, value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import voxconv"],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"RuntimeWarning: {name}={value!r} is not followed: it may be " in done.stderr

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -292,6 +293,32 @@ def test_more_bad_arguments(make: Any, word: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "word"),
+    [
+        (lambda: nn.Conv3d(-1, 4, 3), ValueError, "in_channels must be at least 0, got -1"),
+        (lambda: nn.Conv3d(4, -4, 3), ValueError, "out_channels must be at least 0, got -4"),
+        (lambda: nn.Conv3d("2", 4, 3), TypeError, "in_channels must be made of integers, got '2'"),
+        (lambda: nn.Conv3d(None, 4, 3), TypeError, "in_channels must be made of integers"),
+        (lambda: nn.Conv3d(4, 4, 3, groups=2.0), TypeError, "groups must be made of integers"),
+        (lambda: nn.ConvTranspose3d(4, 4, 3, groups=0), ValueError, "groups must be at least 1"),
+        (lambda: nn.ConvTranspose3d(4, 4.0, 3), TypeError, "out_channels must be made of integers"),
+    ],
+)
+def test_bad_channels(make: Any, error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=re.escape(word)):
+        make()
+
+
+@pytest.mark.parametrize("size", [13, "abc", ("a", "b", "c"), (13.0, 13, 13)])
+def test_output_size_is_made_of_integers(size: Any) -> None:
+    layer = nn.ConvTranspose3d(4, 4, 3, 2, groups=4)
+    with pytest.raises(TypeError, match="output_size must be "):
+        layer(torch.zeros(1, 4, 6, 6, 6), size)
+    with pytest.raises(TypeError, match="input must be a tensor, got list"):
+        layer([1.0], (13, 13, 13))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_bad_input(layer: Any) -> None:
     made = layer()
@@ -315,6 +342,16 @@ def test_layout_and_unbatched(layer: Any) -> None:
     assert last.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(last, y)
     torch.testing.assert_close(made(x[1]), y[1])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_traces_where_no_derivative_is_wanted(layer: Any, tmp_path: Path) -> None:
+    made, x = layer(), torch.randn(1, 4, 6, 7, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(made, x)
+        traced.save(tmp_path / "layer.pt")
+        assert torch.equal(torch.jit.load(tmp_path / "layer.pt")(x), made(x))
 
 
 def test_modules_ask_the_public_functions(monkeypatch: pytest.MonkeyPatch) -> None:

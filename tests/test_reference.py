@@ -31,6 +31,24 @@ def test_oracle_agrees_with_torch(case: Case) -> None:
         assert_accurate(f"{case} {which}", got, theirs[which], taps=taps)
 
 
+@pytest.mark.parametrize(
+    ("name", "weight", "bias", "groups"),
+    [
+        ("conv3d", (4, 1, 3, 3, 3), None, 1),
+        ("conv3d", (4, 1, 3, 3, 3), 1, 4),
+        ("conv3d", (4, 3, 3, 3), None, 4),
+        ("conv_transpose3d", (8, 1, 3, 3, 3), None, 4),
+        ("conv_transpose3d", (4, 1, 3, 3, 3), 1, 4),
+    ],
+)
+def test_oracle_does_not_broadcast(
+    name: str, weight: tuple[int, ...], bias: int | None, groups: int
+) -> None:
+    x, b = torch.zeros(1, 4, 6, 6, 6), None if bias is None else torch.zeros(bias)
+    with pytest.raises(ValueError, match=r"weight|bias"):
+        getattr(voxconv.reference, name)(x, torch.zeros(weight), b, groups=groups)
+
+
 def test_oracle_is_differentiable_twice() -> None:
     case = Case("tiny", channels=2, size=(3, 3, 4), kernel=(2, 2, 3), padding=1, stride=(1, 2, 1))
     inputs = [t.requires_grad_() for t in case.make(torch.float64)[:3]]

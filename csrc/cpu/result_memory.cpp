@@ -23,8 +23,11 @@ constexpr size_t kMostBlocks = 64;
 
 // VOXCONV_CACHE_MIB, or an eighth of the machine's memory.
 size_t most_kept_bytes() {
-  if (const char* wanted = std::getenv("VOXCONV_CACHE_MIB"))
-    return std::strtoull(wanted, nullptr, 10) * kMiB;
+  if (const char* wanted = std::getenv("VOXCONV_CACHE_MIB"); wanted && *wanted) {
+    char* end;
+    const unsigned long long mib = std::strtoull(wanted, &end, 10);
+    if (*end == '\0' && *wanted != '-') return mib < SIZE_MAX / kMiB ? mib * kMiB : SIZE_MAX;
+  }
   const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
   return pages > 0 && page > 0 ? static_cast<size_t>(pages) * page / 8 : 0;
 }

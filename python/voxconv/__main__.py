@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 
 from . import __version__, _ops
+from ._settings import CPU_LEVELS, setting
 
 OPTIONAL = ("numpy", "nibabel", "matplotlib", "tqdm", "monai", "scipy", "hypothesis", "pytest")
 
-# What each x86-64 level asks of a CPU, as /proc/cpuinfo names it; the kernels are built for both.
-SIMD_LEVELS = (
-    ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
-    ("x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
-)
+# What each x86-64 level asks of a CPU, as /proc/cpuinfo names it; the kernels are built for all.
+SIMD_LEVELS = {
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
+    "baseline": set(),
+}
 
 
 def environment() -> list[tuple[str, str]]:
@@ -76,8 +78,10 @@ def _simd() -> str:
     if flags is None:
         return torchs
     have = set(flags.split())
-    level = next((name for name, need in SIMD_LEVELS if need <= have), "x86-64 baseline")
-    return f"{level}, {torchs}"
+    usable = [name for name in CPU_LEVELS if SIMD_LEVELS[name] <= have]
+    wanted = setting("VOXCONV_CPU_LEVEL")
+    level = wanted if wanted in usable else usable[0]
+    return f"{level.replace('baseline', 'x86-64 baseline')}, {torchs}"
 
 
 def _settings() -> str:
@@ -188,7 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     if arguments.command is None:
-        print(report())
+        try:
+            print(report(), flush=True)
+        except BrokenPipeError:  # whoever reads it has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     from .demo import DemoError, run_demo
 

@@ -60,13 +60,11 @@ def check(
         NotImplementedError: the forced backend cannot run it.
     """
     _check_types(dtypes, devices, layouts)
-    _check_ranks(x_shape, weight_shape)
+    check_ranks(x_shape, weight_shape)
     batch = x_shape[0] if len(x_shape) == 5 else 1
     channels, d, h, w = x_shape[-4:]
     size = (d, h, w)
-    out_channels, groups = _channels(transposed, channels, x_shape, weight_shape, groups)
-    if bias_shape is not None and tuple(bias_shape) != (out_channels,):
-        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias_shape)}")
+    out_channels, groups = check_channels(transposed, x_shape, weight_shape, bias_shape, groups)
     kernel = (weight_shape[2], weight_shape[3], weight_shape[4])
     if transposed:
         geometry, out = resolve_transposed(size, kernel, stride, padding, output_padding, dilation)
@@ -113,7 +111,7 @@ def _check_types(
             raise TypeError(f"{name} must be a dense tensor, got one of layout {layout}")
 
 
-def _check_ranks(x_shape: torch.Size, weight_shape: torch.Size) -> None:
+def check_ranks(x_shape: torch.Size, weight_shape: torch.Size) -> None:
     if len(x_shape) not in (4, 5):
         raise ValueError(
             f"input must be [N, C, D, H, W] or [C, D, H, W], got shape {tuple(x_shape)}"
@@ -129,18 +127,29 @@ def _check_bytes(out_shape: tuple[int, ...], dtype: torch.dtype) -> None:
             raise ValueError(f"the output {list(out_shape)} of {dtype} would take {size:.3g} bytes")
 
 
-def _channels(
+def check_channels(
     transposed: bool,
-    channels: int,
     x_shape: torch.Size,
     weight_shape: torch.Size,
+    bias_shape: torch.Size | None,
     groups: int | None,
 ) -> tuple[int, int]:
     """Check the channels; returns those of the output, and the groups."""
-    first, second = weight_shape[:2]
+    out_channels, groups = _channels(transposed, x_shape, weight_shape, groups)
+    if bias_shape is not None and tuple(bias_shape) != (out_channels,):
+        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias_shape)}")
+    return out_channels, groups
+
+
+def _channels(
+    transposed: bool, x_shape: torch.Size, weight_shape: torch.Size, groups: int | None
+) -> tuple[int, int]:
+    channels, (first, second) = x_shape[-4], weight_shape[:2]
     shapes = f"input {tuple(x_shape)}, weight {tuple(weight_shape)}"
+    if first < 1 and not transposed:
+        raise ValueError(f"the weight has no filters: {shapes}")
     if groups is None:
-        if channels < 1 or second != 1 or first < 1 or first % channels != 0:
+        if channels < 1 or second != 1 or first % channels != 0:
             raise ValueError(
                 "a depthwise convolution of C channels needs a weight [C*m, 1, kD, kH, kW], "
                 f"got {shapes}"
@@ -156,7 +165,7 @@ def _channels(
             )
         out_channels = second * groups
     else:
-        if channels != second * groups or first % groups != 0 or first < 1:
+        if channels != second * groups or first % groups != 0:
             whole = second > 0 and channels % second == 0 and first % (channels // second) == 0
             hint = f"; did you mean groups={channels // second}?" if whole and groups == 1 else ""
             raise ValueError(

@@ -22,6 +22,7 @@ PaddingLike: TypeAlias = str | int | Sequence[int] | Sequence[Sequence[int]]
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 AXES = ("depth", "height", "width")
 
+_TEXT = (str, bytes, bytearray)  # sequences that are no tuples of numbers
 _LIMIT = 2**31  # kernels count the cells of one axis in 32 bits
 
 _MODE_INDEX = {name: index for index, name in enumerate(PADDING_MODES)}
@@ -57,7 +58,8 @@ def integer(value: Any, name: str) -> int:
         return value
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    if not isinstance(value, (bool, float)):
+    boolean = isinstance(value, torch.Tensor) and value.dtype == torch.bool
+    if not boolean and not isinstance(value, (bool, float)):
         try:
             return operator.index(value)
         except TypeError:
@@ -82,7 +84,7 @@ def triple(value: IntOrTriple, name: str) -> Triple:
         d, h, w = value
         if type(d) is int and type(h) is int and type(w) is int:
             return (d, h, w)
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, _TEXT):
         one = integer(value, name)
         return (one, one, one)
     if len(value) == 1:
@@ -108,7 +110,7 @@ def paddings(value: PaddingLike) -> Sextuple | str:
     if isinstance(value, Sequence) and len(value) == 3 and isinstance(value[0], Sequence):
         pairs = [_pair(pair, value) for pair in value]
         return (*pairs[0], *pairs[1], *pairs[2])
-    if isinstance(value, Sequence) and len(value) not in (1, 3):
+    if isinstance(value, Sequence) and not isinstance(value, _TEXT) and len(value) not in (1, 3):
         raise ValueError(
             f"padding must be an int, 1 or 3 ints or 3 (before, after) pairs, got {value!r}"
         )
@@ -117,7 +119,7 @@ def paddings(value: PaddingLike) -> Sextuple | str:
 
 
 def _pair(pair: Any, padding: Any) -> tuple[int, int]:
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+    if not isinstance(pair, Sequence) or isinstance(pair, _TEXT) or len(pair) != 2:
         raise ValueError(f"padding must be 3 (before, after) pairs, got {padding!r}")
     return integer(pair[0], "padding"), integer(pair[1], "padding")
 

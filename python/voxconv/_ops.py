@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ._geometry import Geometry, Sextuple, Triple
 from ._layout import empty_in_layout_of
+from ._settings import warn_of_unknown
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int padding_mode"
 _FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor"
@@ -86,6 +87,7 @@ def _has_kernel(name: str) -> bool:
 
 def _load() -> str | None:
     """Load the compiled part; returns why there is none, or None if all its kernels are there."""
+    warn_of_unknown()
     if os.environ.get("VOXCONV_DISABLE_COMPILED", "0") not in ("", "0"):
         return "VOXCONV_DISABLE_COMPILED is set"
     try:

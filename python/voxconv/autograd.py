@@ -182,6 +182,7 @@ def _tracked(function: type[Function]) -> _Op:
             return function.apply(*args)  # type: ignore[no-any-return]
         return function.forward(_Untracked(), *args)  # type: ignore[no-any-return]
 
+    call.__doc__ = function.__doc__
     return call
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from . import nn
 from ._dispatch import is_depthwise, use_backend
+from ._geometry import paddings, pairs, span, triple
 from .functional import explain
 
 _SWAPS: dict[type[Module], type[Module]] = {
@@ -109,7 +110,8 @@ def convert(
 
     By default only layers that a voxconv kernel would run are swapped. Left alone, with the reason
     in the report: subclasses of torch's layers, layers whose forward was replaced, lazy layers that
-    have not seen an input. Converting twice changes nothing.
+    have not seen an input, layers with arguments or parameters that voxconv refuses. Converting
+    twice changes nothing.
 
     Equivalent to: `module.__class__ = voxconv.nn.Conv3d` for each `torch.nn.Conv3d`, and likewise
     for `ConvTranspose3d`.
@@ -136,7 +138,10 @@ def convert(
             return None, refusal
         if only is not None and not only(name, layer):
             return None, "ruled out by `only`"
-        ours, runs = _who_runs(layer)
+        try:
+            ours, runs = _who_runs(layer)
+        except (TypeError, ValueError) as error:  # what its every call would raise
+            return None, f"voxconv refuses it: {error}"
         return (_SWAPS[kind] if ours or everything else None), runs
 
     return _walk("convert", model, decide, dry_run)
@@ -167,7 +172,9 @@ def revert(model: Module, *, dry_run: bool = False) -> ConvertReport:
         if not issubclass(kind, tuple(_REVERTS)):
             return None
         refusal = _refusal(layer, kind, _REVERTS)
-        if not refusal and not nn.dense.torch_accepts(layer.padding, layer.stride):
+        if not refusal and not nn.dense.torch_accepts(
+            layer.padding, triple(layer.stride, "stride")
+        ):
             refusal = "torch has no such padding"
         return (None, refusal) if refusal else (_REVERTS[kind], "torch")
 
@@ -237,13 +244,20 @@ def _set_class(layer: _ConvNd, target: type[Module]) -> None:
 def _who_runs(layer: _ConvNd) -> tuple[bool, str]:
     """Whether a kernel of ours runs this layer where it is now, and which, or why none.
 
-    The size of the input is not known yet: one somewhat larger than the kernel is supposed.
+    The size of the input is not known yet: one somewhat larger than the kernel and the padding is
+    supposed. A number that was set in place of three is taken as torch takes it.
+
+    Raises:
+        TypeError, ValueError: those of a call.
     """
     if not is_depthwise(layer.in_channels, layer.out_channels, layer.groups):
         return False, "torch: not depthwise"
     parameter = next(layer.parameters(), torch.empty(()))
     device = "cpu" if parameter.device.type == "meta" else parameter.device
-    spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    kernel = triple(layer.kernel_size, "kernel_size")
+    padding = paddings(layer.padding)
+    around = (0, 0, 0) if isinstance(padding, str) else [sum(pair) for pair in pairs(padding)]
+    spans = span(kernel, triple(layer.dilation, "dilation"))
     cell = torch.empty((), dtype=parameter.dtype, device=device)
 
     def stand_in(*shape: int) -> Tensor:
@@ -254,8 +268,10 @@ def _who_runs(layer: _ConvNd) -> tuple[bool, str]:
         first, second = layer.in_channels, layer.out_channels // layer.groups
     with use_backend(None):
         explanation = explain(
-            stand_in(1, layer.in_channels, *(span + 32 for span in spans)),
-            stand_in(first, second, *layer.kernel_size),
+            stand_in(
+                1, layer.in_channels, *(32 + a + b for a, b in zip(spans, around, strict=True))
+            ),
+            stand_in(first, second, *kernel),
             stride=layer.stride,
             padding=layer.padding,
             dilation=layer.dilation,
@@ -271,9 +287,9 @@ def _who_runs(layer: _ConvNd) -> tuple[bool, str]:
 def _text(layer: _ConvNd) -> str:
     """The layer on one line, shorter than its repr."""
     words = [f"{layer.in_channels}, {layer.out_channels}", f"k={_short(layer.kernel_size)}"]
-    for name, usual in (("stride", (1, 1, 1)), ("dilation", (1, 1, 1)), ("groups", 1)):
+    for name in ("stride", "dilation", "groups"):
         value = getattr(layer, name)
-        if value != usual:
+        if value not in (1, (1, 1, 1)):
             words.append(f"{name}={_short(value)}")
     return f"{_kind(layer).__name__}({', '.join(words)})"
 

@@ -29,6 +29,8 @@ from .memory import empty_cache
 FORWARDS = 3
 ENOUGH = 10.0  # seconds
 TOLERANCE = 1e-3
+SMALLEST = 2 * MULTIPLE  # voxels of an axis: batch norm of one voxel has no variance
+HUGE = 1e15  # voxels beyond that are scaled: their squares are sums in float32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -69,17 +71,23 @@ def load_volume(path: Path | None) -> Tensor:
         path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
         if not path.is_file():
             raise DemoError("this nibabel came without its example scan; give one with --volume")
+    if path.is_dir():
+        raise DemoError(f"cannot read {path}: it is a folder")
     if not path.is_file():
         raise DemoError(f"cannot read {path}: no such file")
     try:
         image = nibabel.load(path)
         if not isinstance(image, nibabel.spatialimages.SpatialImage):
             raise DemoError(f"cannot read {path}: not a volume but a {type(image).__name__}")
-        if len(image.shape) > 3:
+        if image.get_data_dtype().kind not in "biuf":
+            raise DemoError(
+                f"cannot read {path}: its voxels are {image.get_data_dtype()}, not real numbers"
+            )
+        if len(image.shape) > 3 and 0 not in image.shape:
             image = image.slicer[(slice(None), slice(None), slice(None)) + (0,) * _extra(image)]
         if len(image.shape) != 3 or 0 in image.shape:
             raise DemoError(f"cannot read {path}: need a 3-D volume, its shape is {image.shape}")
-        array = nibabel.as_closest_canonical(image).get_fdata(dtype="float32")
+        array = nibabel.as_closest_canonical(image).get_fdata()
     except DemoError:
         raise
     except Exception as error:  # nibabel and zlib raise many kinds for a damaged file
@@ -87,6 +95,9 @@ def load_volume(path: Path | None) -> Tensor:
         raise DemoError(f"cannot read {path}: {text}") from None
     volume = torch.from_numpy(array.transpose(2, 1, 0).copy())
     volume = torch.nan_to_num(volume, nan=0.0, posinf=0.0, neginf=0.0)
+    if volume.abs().max() > HUGE:
+        volume /= volume.abs().max()
+    volume = volume.float()
     if volume.max() == volume.min():
         raise DemoError(f"cannot read {path}: every voxel has the same value, {volume.max():g}")
     return volume
@@ -105,8 +116,8 @@ def prepare(volume: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         The network's input [1, 1, D, H, W] with zero mean and unit variance over the head, every
-        axis a multiple of 8 voxels, and a stand-in for labels, [1, D, H, W]: background, and the
-        darker and the brighter half of the head.
+        axis a multiple of 8 voxels and no less than 16, and a stand-in for labels, [1, D, H, W]:
+        background, and the darker and the brighter half of the head.
     """
     sample = volume.flatten()[:: max(1, volume.numel() // 1_000_000)]
     low, high = torch.quantile(sample, torch.tensor([0.01, 0.99])).tolist()
@@ -120,7 +131,9 @@ def prepare(volume: Tensor, size: int) -> tuple[Tensor, Tensor]:
         cut = max(0, last - first - size)
         start, length = first + cut // 2, last - first - cut
         volume, inside = volume.narrow(axis, start, length), inside.narrow(axis, start, length)
-    pads = [n for edge in reversed(volume.shape) for n in (0, -edge % MULTIPLE)]
+    pads = [
+        n for edge in reversed(volume.shape) for n in (0, max(-edge % MULTIPLE, SMALLEST - edge))
+    ]
     volume = F.pad(volume, pads, value=float(volume.min()))
     inside = F.pad(inside, pads)
     head = volume[inside] if inside.any() else volume.flatten()
@@ -309,6 +322,10 @@ def draw(path: Path, scan: Tensor, runs: list[Run]) -> None:
 def _check_out(path: Path) -> None:
     if path.suffix.lower() not in PICTURES:
         raise DemoError(f"cannot write {path}: its name must end in {', '.join(PICTURES)}")
+    if path.is_dir():
+        raise DemoError(f"cannot write {path}: it is a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise DemoError(f"cannot write {path}: it is write-protected")
     folder = path.resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise DemoError(f"cannot write {path}: no folder {folder} to write into")
@@ -330,8 +347,8 @@ def run_demo(*, volume: Path | None, out: Path, size: int, threads: int | None, 
     Raises:
         DemoError: something the user can mend.
     """
-    if size < 2 * MULTIPLE:
-        raise DemoError(f"--size must be at least {2 * MULTIPLE}, got {size}")
+    if size < SMALLEST:
+        raise DemoError(f"--size must be at least {SMALLEST}, got {size}")
     for package in ("tqdm", "matplotlib"):
         _need(package)
     _check_out(out)

@@ -48,11 +48,15 @@ def conv3d(
     `torch.nn.Conv3d` for the other padding modes.
 
     Args:
-        input: [N, C, D, H, W] or [C, D, H, W], any strides.
+        input: [N, C, D, H, W] or [C, D, H, W], any strides; float32, float64, bfloat16 or float16
+            on our kernels, other types as torch has them.
         weight: [O, C/groups, kD, kH, kW], same dtype and device.
         bias: [O].
+        stride: cells of the input from output to output, int or (D, H, W).
         padding: int, 3 ints, 3 (before, after) pairs, "valid", or "same", which gives
             ceil(size / stride) outputs with the odd cell after.
+        dilation: cells of the input from tap to tap, int or (D, H, W).
+        groups: blocks of channels that do not meet; C makes the convolution depthwise.
         padding_mode: "zeros", "replicate", "reflect" or "circular".
 
     Returns:
@@ -76,6 +80,7 @@ def conv3d(
             groups=groups,
             padding_mode=padding_mode,
         )
+    groups = integer(groups, "groups")
     return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
 
 
@@ -93,10 +98,10 @@ def depthwise_conv3d(
     Equivalent to: `F.conv3d(input, weight, bias, stride, padding, dilation, groups=C)`.
 
     Args:
-        input: [N, C, D, H, W] or [C, D, H, W], any strides.
+        input: [N, C, D, H, W] or [C, D, H, W], any strides, types as in `conv3d`.
         weight: [C*m, 1, kD, kH, kW], same dtype and device.
         bias: [C*m].
-        padding, padding_mode: see `conv3d`.
+        stride, padding, dilation, padding_mode: see `conv3d`.
 
     Returns:
         [N, C*m, oD, oH, oW] (or without N), in the layout of the input.
@@ -135,11 +140,13 @@ def conv_transpose3d(
     dilation)`.
 
     Args:
-        input: [N, C, D, H, W] or [C, D, H, W], any strides.
+        input: [N, C, D, H, W] or [C, D, H, W], any strides, types as in `conv3d`.
         weight: [C, O/groups, kD, kH, kW], same dtype and device.
         bias: [O].
+        stride: cells of the output from input to input, int or (D, H, W).
         padding: int, 3 ints or 3 (before, after) pairs; it shortens the output.
         output_padding: cells added after; smaller than the stride or the dilation.
+        groups, dilation: see `conv3d`.
 
     Returns:
         [N, O, oD, oH, oW] (or without N), in the layout of the input.
@@ -161,6 +168,7 @@ def conv_transpose3d(
             dilation=dilation,
         )
     input, weight, bias = _tensors(input, weight, bias)
+    groups = integer(groups, "groups")
     call = _settle(
         True, input, weight, bias, stride, padding, dilation, groups, "zeros", output_padding
     )
@@ -259,6 +267,8 @@ def _tensors(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | N
     ):
         kinds = ", ".join(type(value).__name__ for value in (x, weight, bias))
         raise TypeError(f"input, weight and bias must be tensors, got {kinds}")
+    if x.is_nested or weight.is_nested:
+        raise TypeError("input and weight must be dense tensors, got a nested one")
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -297,7 +307,7 @@ def _settle(
         triple(stride, "stride"),
         paddings(padding),
         triple(dilation, "dilation"),
-        groups if groups is None or type(groups) is int else integer(groups, "groups"),
+        groups,
         mode_index(padding_mode),
         triple(output_padding, "output_padding"),
         _dispatch.forced_backend(),
@@ -318,8 +328,18 @@ def _settle(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do. `flops` and `bytes` are those of the result alone: two per tap and
-    output, and every tensor read or written once."""
+    """What a call would do; print it for a few lines of text.
+
+    Attributes:
+        backend: "cpu" or "torch": who computes the result.
+        kernel: the kernel there: "direct", "fft", or "conv3d" of torch.
+        reason: why this one.
+        output_shape: of the result.
+        flops: of the result alone: two for each tap of each output.
+        bytes: of the result alone: every tensor read or written once.
+        passes: the choices for the result, the gradient of the input and that of the weight, each
+            with `backend`, `kernel` and `reason`.
+    """
 
     backend: str
     kernel: str
@@ -359,10 +379,20 @@ def explain(
         transposed: explain `conv_transpose3d` instead of `conv3d`.
         All others: as in `conv3d` and `conv_transpose3d`.
 
+    Returns:
+        The `Explanation`.
+
     Raises:
-        ValueError, TypeError, NotImplementedError: those of the call itself.
+        ValueError, TypeError, NotImplementedError: those of the call itself; ValueError for an
+            argument that the function to explain does not have.
     """
     input, weight, bias = _tensors(input, weight, bias)
+    if transposed and mode_index(padding_mode):
+        raise ValueError(f"conv_transpose3d has no padding_mode, got {padding_mode!r}")
+    if not transposed and triple(output_padding, "output_padding") != _ZERO:
+        raise ValueError(f"conv3d has no output_padding, got {output_padding!r}")
+    if groups is not None:
+        groups = integer(groups, "groups")
     if groups is None and input.dim() in (4, 5) and weight.dim() == 5:
         channels, per_group = input.shape[-4], weight.shape[1]
         if transposed:

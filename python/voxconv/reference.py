@@ -2,7 +2,8 @@
 """The oracle: every op by explicit index maps and a loop over the taps, in plain torch.
 
 Slow and obvious. Works in the dtype it is given (use float64) and is differentiable by autograd,
-any number of times.
+any number of times. Arguments, shapes and errors are those of the functions of the same name in
+`voxconv`; dtypes and devices are whatever torch can multiply and add.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._check import check_channels, check_ranks
 from ._geometry import (
     PADDING_MODES,
     Geometry,
@@ -19,6 +21,7 @@ from ._geometry import (
     PaddingLike,
     Triple,
     canonicalise,
+    integer,
     paddings,
     pairs,
     resolve_transposed,
@@ -27,7 +30,16 @@ from ._geometry import (
 
 
 def source_index(cell: int, n: int, padding_mode: str) -> int | None:
-    """The cell of an axis of size `n` that a padded position reads; None for a zero."""
+    """The cell of an axis that a padded position reads.
+
+    Args:
+        cell: the position, counted from the first cell that is no padding; it may be negative.
+        n: the size of the axis.
+        padding_mode: "zeros", "replicate", "reflect" or "circular".
+
+    Returns:
+        A cell from 0 to n - 1, or None for a zero.
+    """
     if 0 <= cell < n:
         return cell
     if padding_mode == "replicate":
@@ -37,6 +49,12 @@ def source_index(cell: int, n: int, padding_mode: str) -> int | None:
     if padding_mode == "circular":
         return cell % n
     return None
+
+
+def _check(transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """ValueError unless the shapes fit: no shape is broadcast."""
+    check_ranks(x.shape, weight.shape)
+    check_channels(transposed, x.shape, weight.shape, None if bias is None else bias.shape, groups)
 
 
 def _gather(x: Tensor, axis: int, cells: list[int | None]) -> Tensor:
@@ -93,7 +111,21 @@ def conv3d(
     """`voxconv.conv3d`, slowly: y[o] = bias + sum over taps k of w[k] x[o*stride + k*dilation - p].
 
     Equivalent to: `F.conv3d(x, weight, bias, stride, padding, dilation, groups)`.
+
+    Args:
+        x: [N, C, D, H, W] or [C, D, H, W].
+        weight: [O, C/groups, kD, kH, kW].
+        bias: [O].
+        stride, padding, dilation, groups, padding_mode: see `voxconv.conv3d`.
+
+    Returns:
+        [N, O, oD, oH, oW] (or without N).
+
+    Raises:
+        ValueError, TypeError: shapes or values that do not fit.
     """
+    groups = integer(groups, "groups")
+    _check(False, x, weight, bias, groups)
     if x.dim() == 4:
         arguments = (weight, bias, stride, padding, dilation, groups, padding_mode)
         return conv3d(x.unsqueeze(0), *arguments).squeeze(0)
@@ -116,7 +148,20 @@ def depthwise_conv3d(
     """`voxconv.depthwise_conv3d`, slowly.
 
     Equivalent to: `F.conv3d(x, weight, bias, stride, padding, dilation, groups=C)`.
+
+    Args:
+        x: [N, C, D, H, W] or [C, D, H, W].
+        weight: [C*m, 1, kD, kH, kW].
+        bias: [C*m].
+        stride, padding, dilation, padding_mode: see `voxconv.conv3d`.
+
+    Returns:
+        [N, C*m, oD, oH, oW] (or without N).
+
+    Raises:
+        ValueError, TypeError: shapes or values that do not fit.
     """
+    check_ranks(x.shape, weight.shape)
     return conv3d(x, weight, bias, stride, padding, dilation, x.shape[-4], padding_mode)
 
 
@@ -134,7 +179,21 @@ def conv_transpose3d(
 
     Equivalent to: `F.conv_transpose3d(x, weight, bias, stride, padding, output_padding, groups,
     dilation)`.
+
+    Args:
+        x: [N, C, D, H, W] or [C, D, H, W].
+        weight: [C, O/groups, kD, kH, kW].
+        bias: [O].
+        stride, padding, output_padding, groups, dilation: see `voxconv.conv_transpose3d`.
+
+    Returns:
+        [N, O, oD, oH, oW] (or without N).
+
+    Raises:
+        ValueError, TypeError: shapes or values that do not fit.
     """
+    groups = integer(groups, "groups")
+    _check(True, x, weight, bias, groups)
     if x.dim() == 4:
         arguments = (weight, bias, stride, padding, output_padding, groups, dilation)
         return conv_transpose3d(x.unsqueeze(0), *arguments).squeeze(0)

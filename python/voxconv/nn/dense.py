@@ -18,6 +18,7 @@ from .._geometry import (
     integer,
     paddings,
     pairs,
+    span,
     triple,
 )
 
@@ -30,6 +31,14 @@ def _positive(value: IntOrTriple, name: str) -> Triple:
     if min(numbers) < 1:
         raise ValueError(f"{name} must be positive, got {value!r}")
     return numbers
+
+
+def _count(value: int, name: str, least: int = 0) -> int:
+    """A number of channels or groups; without channels a layer is as good as torch's."""
+    number = integer(value, name)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return number
 
 
 def _stored_padding(padding: PaddingLike) -> Any:
@@ -46,7 +55,7 @@ def torch_accepts(padding: Any, stride: tuple[int, ...]) -> bool:
     """Whether torch's module accepts this stored padding with this stride."""
     if isinstance(padding, str):
         return padding == "valid" or stride == (1, 1, 1)
-    return isinstance(padding[0], int)
+    return isinstance(padding, int) or isinstance(padding[0], int)
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -97,13 +106,13 @@ class Conv3d(torch.nn.Conv3d):
         stored = _stored_padding(padding)
         known = torch_accepts(stored, stride)
         super().__init__(
-            in_channels,
-            out_channels,
+            _count(in_channels, "in_channels"),
+            _count(out_channels, "out_channels"),
             kernel_size,
             stride,
             stored if known else 0,
             _positive(dilation, "dilation"),
-            groups,
+            _count(groups, "groups", 1),
             bias,
             padding_mode,
             device,
@@ -182,13 +191,13 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
         extra = triple(output_padding, "output_padding")
         check_output_padding(extra, stride, dilation)
         super().__init__(
-            in_channels,
-            out_channels,
+            _count(in_channels, "in_channels"),
+            _count(out_channels, "out_channels"),
             _positive(kernel_size, "kernel_size"),
             stride,
             stored if known else 0,
             extra,
-            groups,
+            _count(groups, "groups", 1),
             bias,
             dilation,
             padding_mode,
@@ -211,6 +220,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
 
         Raises:
             ValueError: shapes that do not fit, an output size out of reach.
+            TypeError: not a tensor, an output size that is not made of integers, mixed dtypes.
         """
         return functional.conv_transpose3d(
             input,
@@ -225,25 +235,31 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
 
     def _reach(self, input: Tensor, output_size: Sequence[int]) -> Triple:
         """The output padding that gives `output_size`."""
-        if input.dim() not in (4, 5) or len(output_size) not in (3, input.dim()):
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        if not isinstance(output_size, Sequence) or isinstance(output_size, (str, bytes)):
+            raise TypeError(f"output_size must be a sequence of integers, got {output_size!r}")
+        wanted = [integer(n, "output_size") for n in output_size]
+        if input.dim() not in (4, 5) or len(wanted) not in (3, input.dim()):
             raise ValueError(
                 f"output_size needs 3 or {input.dim()} elements for an input of shape "
-                f"{tuple(input.shape)}, a batch of volumes or one; got {tuple(output_size)}"
+                f"{tuple(input.shape)}, a batch of volumes or one; got {tuple(wanted)}"
             )
         cut = paddings(self.padding)
         assert not isinstance(cut, str)
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        stride = triple(self.stride, "stride")
+        spans = span(triple(self.kernel_size, "kernel_size"), triple(self.dilation, "dilation"))
         least = [
-            (n - 1) * s + span - before - after
-            for n, s, span, before, after in zip(
-                input.shape[-3:], self.stride, spans, cut[::2], cut[1::2], strict=True
+            (n - 1) * s + width - before - after
+            for n, s, width, before, after in zip(
+                input.shape[-3:], stride, spans, cut[::2], cut[1::2], strict=True
             )
         ]
-        d, h, w = (want - n for want, n in zip(output_size[-3:], least, strict=True))
-        if any(not 0 <= more < s for more, s in zip((d, h, w), self.stride, strict=True)):
-            most = [n + s - 1 for n, s in zip(least, self.stride, strict=True)]
+        d, h, w = (want - n for want, n in zip(wanted[-3:], least, strict=True))
+        if any(not 0 <= more < s for more, s in zip((d, h, w), stride, strict=True)):
+            most = [n + s - 1 for n, s in zip(least, stride, strict=True)]
             raise ValueError(
-                f"output_size {tuple(output_size)} cannot be reached from an input of shape "
+                f"output_size {tuple(wanted)} cannot be reached from an input of shape "
                 f"{tuple(input.shape)}: from {tuple(least)} to {tuple(most)} can"
             )
         return d, h, w
@@ -288,9 +304,8 @@ class DepthwiseConv3d(Conv3d):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("channels", channels), ("multiplier", multiplier)):
-            if integer(value, name) < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+        channels = _count(channels, "channels", 1)
+        multiplier = _count(multiplier, "multiplier", 1)
         super().__init__(
             channels,
             channels * multiplier,
