@@ -17,6 +17,7 @@ import voxconv
 from voxconv import __main__ as cli
 from voxconv import _demo_network, _ops, demo
 
+# Of the extra "test"; a machine without a network may lack them.
 nibabel = pytest.importorskip("nibabel")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")

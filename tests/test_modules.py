@@ -345,6 +345,7 @@ def test_layout_and_unbatched(layer: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_traces_where_no_derivative_is_wanted(layer: Any, tmp_path: Path) -> None:
     made, x = layer(), torch.randn(1, 4, 6, 7, 8)
