@@ -92,8 +92,8 @@ struct FlatArgs : PassTensors {
   const int64_t* tap_order;  // the weight's taps in the order of the others; null: they are in it
   int64_t tap_next;          // or, if -1, in the opposite one
   int64_t before, after;     // farthest offsets
-  // Memory in place is asked for while a tile is summed: that many cells further on in its planes
-  // (0: it is not), or the same cells of the planes of the next tile.
+  // Memory is asked for while a tile is summed (0: it is not): in place that many cells further on
+  // in its planes, or the same cells of the planes of the next tile; of copies always those.
   int64_t ahead;
   bool ahead_planes;
   int64_t next_bytes;  // of the source, for each cell of the target

@@ -112,6 +112,7 @@ def _check_types(
 
 
 def check_ranks(x_shape: torch.Size, weight_shape: torch.Size) -> None:
+    """ValueError unless the input has 4 or 5 axes and the weight 5."""
     if len(x_shape) not in (4, 5):
         raise ValueError(
             f"input must be [N, C, D, H, W] or [C, D, H, W], got shape {tuple(x_shape)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 
@@ -22,7 +22,6 @@ PaddingLike: TypeAlias = str | int | Sequence[int] | Sequence[Sequence[int]]
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 AXES = ("depth", "height", "width")
 
-_TEXT = (str, bytes, bytearray)  # sequences that are no tuples of numbers
 _LIMIT = 2**31  # kernels count the cells of one axis in 32 bits
 
 _MODE_INDEX = {name: index for index, name in enumerate(PADDING_MODES)}
@@ -71,6 +70,11 @@ def _type(value: Any) -> str:
     return type(value).__name__
 
 
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a sequence of anything but letters or bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def triple(value: IntOrTriple, name: str) -> Triple:
     """Turn an int or a sequence of one or three into a 3-tuple of ints.
 
@@ -84,7 +88,7 @@ def triple(value: IntOrTriple, name: str) -> Triple:
         d, h, w = value
         if type(d) is int and type(h) is int and type(w) is int:
             return (d, h, w)
-    if not isinstance(value, Sequence) or isinstance(value, _TEXT):
+    if not is_sequence(value):
         one = integer(value, name)
         return (one, one, one)
     if len(value) == 1:
@@ -110,7 +114,7 @@ def paddings(value: PaddingLike) -> Sextuple | str:
     if isinstance(value, Sequence) and len(value) == 3 and isinstance(value[0], Sequence):
         pairs = [_pair(pair, value) for pair in value]
         return (*pairs[0], *pairs[1], *pairs[2])
-    if isinstance(value, Sequence) and not isinstance(value, _TEXT) and len(value) not in (1, 3):
+    if is_sequence(value) and len(value) not in (1, 3):
         raise ValueError(
             f"padding must be an int, 1 or 3 ints or 3 (before, after) pairs, got {value!r}"
         )
@@ -119,7 +123,7 @@ def paddings(value: PaddingLike) -> Sextuple | str:
 
 
 def _pair(pair: Any, padding: Any) -> tuple[int, int]:
-    if not isinstance(pair, Sequence) or isinstance(pair, _TEXT) or len(pair) != 2:
+    if not is_sequence(pair) or len(pair) != 2:
         raise ValueError(f"padding must be 3 (before, after) pairs, got {padding!r}")
     return integer(pair[0], "padding"), integer(pair[1], "padding")
 

@@ -95,9 +95,8 @@ def load_volume(path: Path | None) -> Tensor:
         raise DemoError(f"cannot read {path}: {text}") from None
     volume = torch.from_numpy(array.transpose(2, 1, 0).copy())
     volume = torch.nan_to_num(volume, nan=0.0, posinf=0.0, neginf=0.0)
-    if volume.abs().max() > HUGE:
-        volume /= volume.abs().max()
-    volume = volume.float()
+    peak = volume.abs().max()
+    volume = (volume / peak if peak > HUGE else volume).float()
     if volume.max() == volume.min():
         raise DemoError(f"cannot read {path}: every voxel has the same value, {volume.max():g}")
     return volume

@@ -51,10 +51,11 @@ def source_index(cell: int, n: int, padding_mode: str) -> int | None:
     return None
 
 
-def _check(transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    """ValueError unless the shapes fit: no shape is broadcast."""
+def _check(transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> int:
+    """The groups, once the shapes are known to fit: no shape is broadcast."""
     check_ranks(x.shape, weight.shape)
-    check_channels(transposed, x.shape, weight.shape, None if bias is None else bias.shape, groups)
+    b_shape = None if bias is None else bias.shape
+    return check_channels(transposed, x.shape, weight.shape, b_shape, integer(groups, "groups"))[1]
 
 
 def _gather(x: Tensor, axis: int, cells: list[int | None]) -> Tensor:
@@ -124,8 +125,7 @@ def conv3d(
     Raises:
         ValueError, TypeError: shapes or values that do not fit.
     """
-    groups = integer(groups, "groups")
-    _check(False, x, weight, bias, groups)
+    groups = _check(False, x, weight, bias, groups)
     if x.dim() == 4:
         arguments = (weight, bias, stride, padding, dilation, groups, padding_mode)
         return conv3d(x.unsqueeze(0), *arguments).squeeze(0)
@@ -192,8 +192,7 @@ def conv_transpose3d(
     Raises:
         ValueError, TypeError: shapes or values that do not fit.
     """
-    groups = integer(groups, "groups")
-    _check(True, x, weight, bias, groups)
+    groups = _check(True, x, weight, bias, groups)
     if x.dim() == 4:
         arguments = (weight, bias, stride, padding, output_padding, groups, dilation)
         return conv_transpose3d(x.unsqueeze(0), *arguments).squeeze(0)

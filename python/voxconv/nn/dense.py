@@ -16,6 +16,7 @@ from .._geometry import (
     Triple,
     check_output_padding,
     integer,
+    is_sequence,
     paddings,
     pairs,
     span,
@@ -237,7 +238,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
         """The output padding that gives `output_size`."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-        if not isinstance(output_size, Sequence) or isinstance(output_size, (str, bytes)):
+        if not is_sequence(output_size):
             raise TypeError(f"output_size must be a sequence of integers, got {output_size!r}")
         wanted = [integer(n, "output_size") for n in output_size]
         if input.dim() not in (4, 5) or len(wanted) not in (3, input.dim()):
