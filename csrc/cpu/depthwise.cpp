@@ -26,7 +26,7 @@ constexpr int64_t kInPlaceRows = 4, kInPlaceTaps = 25;
 // of more than that are asked for ahead of time, all for grad_weight with that many taps of d and
 // h. With as many, and rows of that many cells, the others had better stage cells that compete for
 // the first cache. Measured.
-constexpr int64_t kFarBytes = 32 << 20, kBusyTaps = 25, kBusyCells = 16;
+constexpr int64_t kFarBytes = 6 << 20, kBusyTaps = 25, kBusyCells = 16;
 // Vectors of a part of a cache line: where cells do not compete, being no power of two of vectors,
 // those of one line are taken after those of the other; so it is with the busy kernels above.
 // Sources of more than kPartsBytes, or that the second cache does not hold if a line is not all of

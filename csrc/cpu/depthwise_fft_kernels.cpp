@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "caches.h"
 #include "spectral_args.h"
 
 #define VOXCONV_TARGET_FILE "depthwise_fft_kernels.inc"
