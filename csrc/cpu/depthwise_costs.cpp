@@ -73,7 +73,7 @@ double channels_cost(const CostTable& cost, const Conv3dShape& shape, const Lane
 }
 
 double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map, Pass pass,
-                 int64_t vectors) {
+                 int64_t vectors, double tap) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
   const bool backwards = pass == Pass::grad_input;
   const int64_t planes = target_size(d, backwards);
@@ -82,7 +82,7 @@ double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap&
   const int64_t classes = std::min(d.dilation, planes), shorter = planes / classes;
   const int64_t longer = planes % classes, tile = shorter + (longer > 0) > 4 ? 8 : 4;
   const double loads = ratio(tile + d.kernel - 1, tile * d.kernel);
-  double taps = live_taps(d, kZeros, backwards) * h.kernel * w.kernel *
+  double taps = tap * live_taps(d, kZeros, backwards) * h.kernel * w.kernel *
                 (1 + cost.flat_loads * (loads - kUsualLoads));
   const int64_t whole =
       (classes - longer) * round_up(shorter, 4) + longer * round_up(shorter + 1, 4);

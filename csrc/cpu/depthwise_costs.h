@@ -37,9 +37,9 @@ double staged(const CostTable& cost, double move, const Axis& w, bool backwards)
 double channels_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map,
                      Pass pass);
 
-// Of planes that are lines, `vectors` of them in a plane.
+// Of planes that are lines, `vectors` of them in a plane, a tap of which costs `tap`.
 double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map, Pass pass,
-                 int64_t vectors);
+                 int64_t vectors, double tap);
 
 // Lanes over those that have a channel.
 double idle_lanes(const LaneMap& map);

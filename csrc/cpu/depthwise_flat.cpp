@@ -22,6 +22,8 @@ constexpr int64_t kChain = 1024;
 // What one of a pair of destinations costs besides its taps, and what a tap of it costs, in taps of
 // a vector: measured.
 constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
+// What a tap of a vector of halves costs.
+constexpr double kHalvesTapCost = 1.8;
 // Planes are split, or merged, from so many destinations of a channel on, with less than that of
 // the lanes idle otherwise: measured.
 constexpr int64_t kSplitCells = 6000, kSplitWeightCells = 2000, kMergeCells = 8000;
@@ -33,6 +35,9 @@ constexpr int64_t kAheadBytes = 64 << 10;
 constexpr int64_t kFewTaps = 64;
 // Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
 constexpr int64_t kTallStepRun = 3;
+// Planes of halves that lie a multiple of that apart leave no room in the first cache for what is
+// asked for: measured.
+constexpr int64_t kPartWayBytes = 1024;
 // Planes of a tile that lie a multiple of that apart compete for the buffers between the processor
 // and memory, if half a cache line is written at a time: measured.
 constexpr int64_t kBuffersBytes = 2048;
@@ -215,10 +220,12 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   place_cells(a, tables, h, w, pass, kernels);
   const bool lines = a.form == FlatForm::lines, split = a.form == FlatForm::split;
   const bool strips = lines && pass == Pass::grad_weight;
+  const int64_t plane_bytes = a.source.d * kernels.item_bytes;
   // Where planes are copies, those of the next tile are asked for.
   const bool copies = split || widened || a.apart;
-  if (copies ? !widened || (lines && kernels.asks_widened) : strips || !a.compete) {
+  if (copies ? !widened || lines : strips || !a.compete) {
     a.ahead = a.after + kernels.ahead_vectors * kernels.lanes;
+    a.asks_second = pass != Pass::grad_weight && plane_bytes % kPartWayBytes == 0;
     a.ahead_planes = !split && a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
   a.next_bytes = (split ? h.stride * w.stride : 1) * static_cast<int64_t>(source.element_size());
@@ -273,7 +280,10 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
     return idle > kFewIdle || d.in * h.in * w.in >= kMergeCells * d.stride * d.stride * d.stride;
   const CostTable& cost = cost_table(pass, kernels.lanes * kernels.item_bytes);
   const double channels = channels_cost(cost, shape, map, pass);
-  if (form != FlatForm::pairs) return flat_cost(cost, shape, map, pass, vectors) < channels;
+  if (form != FlatForm::pairs) {
+    const double tap = form == FlatForm::halves ? kHalvesTapCost : 1;
+    return flat_cost(cost, shape, map, pass, vectors, tap) < channels;
+  }
   // What a destination has of the taps, and the vectors it is one of.
   const double share = live_taps(d, kZeros, backwards) * h.kernel * w.kernel / (2.0 * h.stride);
   const double filled = ratio(2 * vectors * map.lanes, h.in * w.in);

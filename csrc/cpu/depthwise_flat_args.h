@@ -96,6 +96,7 @@ struct FlatArgs : PassTensors {
   // in its planes, or the same cells of the planes of the next tile; of copies always those.
   int64_t ahead;
   bool ahead_planes;
+  bool asks_second;    // of halves, into the second cache: planes compete too much for the first
   int64_t next_bytes;  // of the source, for each cell of the target
   const int64_t *half_from, *half_to, *half_cells;
   int64_t half;       // 0: vectors are not made of halves
@@ -184,7 +185,6 @@ struct FlatKernels {
   int64_t tall, tall_run, step_tall, step_tall_run;  // as lines, as halves
   bool splits;            // rather than to make vectors of halves, and merges
   int64_t ahead_vectors;  // to those that are asked for
-  bool asks_widened;      // for planes that are copied to be widened
 };
 
 // The kernels for this processor.
