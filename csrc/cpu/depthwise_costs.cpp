@@ -12,10 +12,10 @@ namespace {
 struct PassCosts {
   CostTable correlate, grad_weight;
 };
-constexpr PassCosts kCosts64 = {{60, 1.3, 35, 30, 0, 20, 30, 0, false},
-                                {40, 1, HUGE_VAL, 15, 0, 20, 30, 0, false}};
-constexpr PassCosts kCosts32 = {{25, 1.2, 28, 28, 1.5, 20, 10, 0.8, true},
-                                {28, 1.1, HUGE_VAL, 28, 1.5, 20, 10, 0.8, true}};
+constexpr PassCosts kCosts64 = {{60, 1.3, 60, 45, 0, 36, 90, 10, 0, false},
+                                {40, 1, HUGE_VAL, 30, 0, 20, 90, 10, 0, false}};
+constexpr PassCosts kCosts32 = {{25, 1.2, 28, 28, 1.5, 20, 10, 0, 0.8, true},
+                                {28, 1.1, HUGE_VAL, 28, 1.5, 20, 10, 0, 0.8, true}};
 
 // Loads for a multiply-add of a tile of 8 planes and a run of 3 taps, which the costs are of.
 constexpr double kUsualLoads = 0.42;
@@ -62,6 +62,10 @@ double staged(const CostTable& cost, double move, const Axis& w, bool backwards)
   return move * (1 + cost.staged_gaps * ratio(gaps, target_size(w, backwards)));
 }
 
+double few_planes(const CostTable& cost, int64_t planes, int64_t tile) {
+  return cost.few_planes * (ratio(tile, std::min(planes, tile)) - 1);
+}
+
 double channels_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map,
                      Pass pass) {
   const Axis* axis = shape.axis;
@@ -87,7 +91,8 @@ double flat_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap&
   const int64_t whole =
       (classes - longer) * round_up(shorter, 4) + longer * round_up(shorter + 1, 4);
   if (cost.whole_tiles) taps *= ratio(whole, planes);
-  return (cost.flat_move + taps) * ratio(vectors * map.lanes, h.out * w.out) +
+  const double few = few_planes(cost, shorter + (longer > 0), 4);
+  return (cost.flat_move + few + taps) * ratio(vectors * map.lanes, h.out * w.out) +
          cost.flat_tile / (vectors * std::min<int64_t>(planes, 4));
 }
 

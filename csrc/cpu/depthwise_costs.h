@@ -11,10 +11,11 @@ namespace voxconv {
 // registers on their way in and out, and have taps of their own price. A staged plane is read for
 // every plane of taps if rows are lines, and once if they are planes. Planes that are lines
 // themselves (flat) are read where they lie, by tiles of planes: a tap of a short run costs more,
-// because it loads more, and tiles that are cut short may take as long as whole ones.
+// because it loads more, a tile of few planes costs more for each of them, and may take as long as
+// a whole one.
 struct CostTable {
   double channels_move, channels_tap, lines_move, planes_move, staged_gaps;
-  double flat_move, flat_tile, flat_loads;
+  double flat_move, flat_tile, few_planes, flat_loads;
   bool whole_tiles;
 };
 
@@ -32,6 +33,9 @@ double all_taps(const Axis& axis, bool backwards);
 
 // What a staged vector costs to move, with lines along w.
 double staged(const CostTable& cost, double move, const Axis& w, bool backwards);
+
+// What a vector costs more if a tile of planes has only so many.
+double few_planes(const CostTable& cost, int64_t planes, int64_t tile);
 
 // Of lanes over channels.
 double channels_cost(const CostTable& cost, const Conv3dShape& shape, const LaneMap& map,

@@ -251,8 +251,10 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
   const double channels = channels_cost(cost, shape, map, pass);
   const auto move = [&](double of) { return staged(cost, of, axis[2], backwards); };
   const double lines = move(cost.lines_move) + live_d * all(1) * all(2) * waste(kNoAxis);
-  const double planes =
-      stacked ? move(cost.planes_move) + all(0) * all(1) * all(2) * waste(axis[1]) : HUGE_VAL;
+  const double planes = stacked
+                            ? move(cost.planes_move) + all(0) * all(1) * all(2) * waste(axis[1]) +
+                                  few_planes(cost, target_size(axis[0], backwards), kPieceRows)
+                            : HUGE_VAL;
   const double rows = std::min(lines, planes);
   const std::optional<Way> way = asked_way();
   if (rows == HUGE_VAL || (way ? *way == Way::channels : channels < rows)) return RowsForm::none;
