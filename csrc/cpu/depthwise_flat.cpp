@@ -22,7 +22,7 @@ constexpr int64_t kChain = 1024;
 // What one of a pair of destinations costs besides its taps, and what a tap of it costs, in taps of
 // a vector: measured.
 constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
-// What a tap of a vector of halves costs.
+// What a tap of a vector of halves costs: measured.
 constexpr double kHalvesTapCost = 1.8;
 // Planes are split, or merged, from so many destinations of a channel on, with less than that of
 // the lanes idle otherwise: measured.
