@@ -155,8 +155,9 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   for (const Segment& segment : planes.segments)
     longest = std::max<int64_t>(longest, segment.length);
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
-  a.compete = a.form != FlatForm::split &&  // split ones are copies
-              a.source.d * kernels.item_bytes % kWayBytes == 0;
+  const int64_t plane_bytes = a.source.d * kernels.item_bytes;
+  a.compete = a.form != FlatForm::split && plane_bytes % kWayBytes == 0;  // split ones are copies
+  a.asks_second = pass != Pass::grad_weight && plane_bytes % kPartWayBytes == 0;
   const bool crowded = a.compete && longest + kernels.tall - 1 > caches().first_ways;
   a.apart = crowded && longest + 3 >= kFewestWays;
   a.tile_rows = 4;
@@ -220,12 +221,10 @@ FlatPass plan_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   place_cells(a, tables, h, w, pass, kernels);
   const bool lines = a.form == FlatForm::lines, split = a.form == FlatForm::split;
   const bool strips = lines && pass == Pass::grad_weight;
-  const int64_t plane_bytes = a.source.d * kernels.item_bytes;
   // Where planes are copies, those of the next tile are asked for.
   const bool copies = split || widened || a.apart;
   if (copies ? !widened || lines : strips || !a.compete) {
     a.ahead = a.after + kernels.ahead_vectors * kernels.lanes;
-    a.asks_second = pass != Pass::grad_weight && plane_bytes % kPartWayBytes == 0;
     a.ahead_planes = !split && a.tile_rows * a.cells * kernels.item_bytes <= kAheadBytes;
   }
   a.next_bytes = (split ? h.stride * w.stride : 1) * static_cast<int64_t>(source.element_size());
