@@ -22,8 +22,8 @@ constexpr int64_t kChain = 1024;
 // What one of a pair of destinations costs besides its taps, and what a tap of it costs, in taps of
 // a vector: measured.
 constexpr double kPairMoveCost = 46, kPairTapCost = 1.7;
-// What a tap of a vector of halves costs: measured.
-constexpr double kHalvesTapCost = 1.8;
+// What a step of a vector of halves costs, for each of its two taps: measured.
+constexpr double kHalvesTapCost = 1.1;
 // Planes are split, or merged, from so many destinations of a channel on, with less than that of
 // the lanes idle otherwise: measured.
 constexpr int64_t kSplitCells = 6000, kSplitWeightCells = 2000, kMergeCells = 8000;
@@ -33,7 +33,8 @@ constexpr int64_t kAheadBytes = 64 << 10;
 // Up to that many taps wait for memory: a target that is written past the caches is worth more than
 // the loads that taller tiles save. Measured with 27 and 125.
 constexpr int64_t kFewTaps = 64;
-// Runs of taps from which on grad_weight takes the most planes of halves at a time: measured.
+// Runs of taps from which on grad_weight takes the most planes of halves at a time even if they
+// compete: measured.
 constexpr int64_t kTallStepRun = 3;
 // Planes of halves that lie a multiple of that apart leave no room in the first cache for what is
 // asked for: measured.
@@ -157,13 +158,13 @@ void place_planes(FlatArgs& a, FlatTables& tables, const Axis& d, Pass pass,
   for (const WClass& c : planes.classes) most_rows = std::max<int64_t>(most_rows, c.count);
   const int64_t plane_bytes = a.source.d * kernels.item_bytes;
   a.compete = a.form != FlatForm::split && plane_bytes % kWayBytes == 0;  // split ones are copies
-  a.asks_second = pass != Pass::grad_weight && plane_bytes % kPartWayBytes == 0;
+  a.asks_second = plane_bytes % kPartWayBytes == 0;
   const bool crowded = a.compete && longest + kernels.tall - 1 > caches().first_ways;
   a.apart = crowded && longest + 3 >= kFewestWays;
   a.tile_rows = 4;
   if (pass == Pass::grad_weight) {
     if (a.form == FlatForm::halves) {
-      if (longest >= kTallStepRun && longest <= kernels.step_tall_run)
+      if (longest <= kernels.step_tall_run && (longest >= kTallStepRun || !a.compete))
         a.tile_rows = kernels.step_tall;
     } else if (ceil_div(longest, spread) <= kernels.tall_run && (!crowded || a.apart)) {
       a.tile_rows = kernels.tall;
@@ -280,7 +281,7 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
   const CostTable& cost = cost_table(pass, kernels.lanes * kernels.item_bytes);
   const double channels = channels_cost(cost, shape, map, pass);
   if (form != FlatForm::pairs) {
-    const double tap = form == FlatForm::halves ? kHalvesTapCost : 1;
+    const double tap = form == FlatForm::halves ? kHalvesTapCost * step_taps(w) : 1;
     return flat_cost(cost, shape, map, pass, vectors, tap) < channels;
   }
   // What a destination has of the taps, and the vectors it is one of.

@@ -34,13 +34,6 @@ struct FlatRun {
   uint32_t live() const { return (1u << high) - (1u << low); }
 };
 
-// Tap `tap` of a plane reads `offset` cells from where a half begins; with `both`, the next tap
-// reads the cell behind each of its cells.
-struct FlatStep {
-  int64_t offset, tap;
-  bool both;
-};
-
 // What a pair of destinations reads `offset` cells from where its half begins, for the even and for
 // the odd one.
 struct FlatPairStep {
@@ -72,8 +65,9 @@ struct FlatPart {
 // p + offsets[t] for cell p of the destination, in those lanes of vector v that masks[v][t] has.
 // Where every second cell of a line is read, vectors are made of halves
 // (depthwise_flat_step.inc): half i, of `half` neighbours in a line of the destination, begins at
-// cell half_to[i] of it and reads from cell half_from[i] on. So it is where every second cell is
-// written (depthwise_flat_pairs.inc), with half_cells[i] destinations.
+// cell half_to[i] of it and reads from cell half_from[i] on. Their taps come in steps of two; step
+// s reads from steps[s] cells further on, and masks[i][s] are its lanes. Where every second cell is
+// written, halves are of pairs of destinations (depthwise_flat_pairs.inc), half_cells[i] of them.
 struct FlatArgs : PassTensors {
   FlatForm form;
   const void *source_begin, *source_end;  // the tensor's memory
@@ -89,7 +83,9 @@ struct FlatArgs : PassTensors {
   int64_t part_count;
   const int64_t* offsets;
   const uint16_t* masks;
-  const int64_t* tap_order;  // the weight's taps in the order of the others; null: they are in it
+  // What kernels keep for a plane: a place for each tap, or two for each step of halves.
+  int64_t places;
+  const int64_t* tap_order;  // the weight's tap of each place, -1 for none; null: as they come
   int64_t tap_next;          // or, if -1, in the opposite one
   int64_t before, after;     // farthest offsets
   // Memory is asked for while a tile is summed (0: it is not): in place that many cells further on
@@ -101,7 +97,7 @@ struct FlatArgs : PassTensors {
   const int64_t *half_from, *half_to, *half_cells;
   int64_t half;       // 0: vectors are not made of halves
   bool whole_halves;  // all of half_cells are a vector
-  const FlatStep* steps;
+  const int64_t* steps;
   int64_t step_count;
   const FlatPhase* phases;
   int64_t phase_count;

@@ -146,7 +146,7 @@ struct PairLine {
   PairLine(const Axis& w, int64_t lanes)
       : pairs(ceil_div(w.in, 2)), half(std::min(lanes / 2, pairs)), halves(ceil_div(pairs, half)) {}
   int64_t vectors(const Axis& h, int64_t phase) const {
-    return round_up(ceil_div(ceil_div(h.in - phase, h.stride) * halves, 2), kStepVectors);
+    return round_up(ceil_div(ceil_div(h.in - phase, h.stride) * halves, 2), kPairVectors);
   }
 };
 
@@ -271,21 +271,43 @@ void place_merged(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w,
 }
 
 void bound_taps(FlatArgs& a, const FlatTables& tables) {
-  a.taps = static_cast<int64_t>(tables.offsets.size());
+  a.taps = a.places = static_cast<int64_t>(tables.offsets.size());
   a.offsets = tables.offsets.data();
   const auto [low, high] = std::minmax_element(tables.offsets.begin(), tables.offsets.end());
   a.before = std::max<int64_t>(0, -*low);
   a.after = std::max<int64_t>(0, *high);
 }
 
-// Taps that read together from halves.
+// Steps of halves: of two neighbours along w, if these read neighbours. Those of an odd kernel are
+// as many wherever they begin: at even cells they cross fewer cache lines.
 void place_steps(FlatArgs& a, FlatTables& tables, const Axis& w) {
   const bool both = w.dilation == 1;
-  for (int64_t t = 0; t < a.taps; ++t)
-    if (const int64_t kw = t % w.kernel; !both || kw % 2 == 0)
-      tables.steps.push_back({tables.offsets[t], t, both && kw + 1 < w.kernel});
+  const int64_t first = both && w.kernel % 2 == 1 && w.before % 2 == 1 ? -1 : 0;
+  for (int64_t line = 0; line < a.taps; line += w.kernel)
+    for (int64_t kw = first; kw < w.kernel; kw += both ? 2 : 1) {
+      const int64_t next = both && kw + 1 < w.kernel ? line + kw + 1 : -1;
+      tables.tap_order.insert(tables.tap_order.end(), {kw < 0 ? -1 : line + kw, next});
+      tables.steps.push_back(tables.offsets[line] + kw * w.dilation);
+      a.before = std::max(a.before, -tables.steps.back());
+    }
   a.steps = tables.steps.data();
   a.step_count = static_cast<int64_t>(tables.steps.size());
+  a.tap_order = tables.tap_order.data();
+  a.places = 2 * a.step_count;
+}
+
+// The same of the lanes that half i's cells are, for each step.
+void place_step_lanes(const FlatArgs& a, FlatTables& tables, const LaneMasks& masks,
+                      int64_t lanes) {
+  tables.masks.assign(tables.half_to.size() * a.step_count, 0);
+  for (size_t i = 0; i < tables.masks.size(); ++i) {
+    const int64_t n = static_cast<int64_t>(i), half = n / a.step_count, step = n % a.step_count;
+    for (int64_t odd = 0; odd < 2; ++odd)
+      if (const int64_t tap = a.tap_order[2 * step + odd]; tap >= 0)
+        for (int64_t l = 0; l < a.half; ++l)
+          if (masks.bits[half / 2 * a.taps + tap] >> (half % 2 * lanes / 2 + l) & 1)
+            tables.masks[i] |= static_cast<uint16_t>(1 << (2 * l + odd));
+  }
 }
 
 }  // namespace
@@ -311,6 +333,10 @@ int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes)
   for (int64_t phase = 0; phase < std::min(h.stride, h.in); ++phase)
     vectors += PairLine(w, lanes).vectors(h, phase);
   return vectors;
+}
+
+double step_taps(const Axis& w) {
+  return ratio(w.dilation > 1 ? 2 * w.kernel : round_up(w.kernel, 2), w.kernel);
 }
 
 void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, Pass pass,
@@ -342,7 +368,10 @@ void place_cells(FlatArgs& a, FlatTables& tables, const Axis& h, const Axis& w, 
     place_strips(a, h, w, kernels);
     if (!merged) place_lanes(masks, a.cells, w.out, kernels.lanes);
   }
-  if (!merged) tables.masks = std::move(masks.bits);
+  if (a.form == FlatForm::halves)
+    place_step_lanes(a, tables, masks, kernels.lanes);
+  else if (!merged)
+    tables.masks = std::move(masks.bits);
   a.masks = tables.masks.data();
 }
 

@@ -8,23 +8,25 @@
 
 namespace voxconv {
 
-// Vectors of a tile, at most; of halves and pairs.
-constexpr int64_t kTileVectors = 4, kStepVectors = 2;
+// Vectors of a tile, at most; of pairs.
+constexpr int64_t kTileVectors = 4, kPairVectors = 2;
 
 FlatForm flat_form(const Axis& h, const Axis& w, Pass pass, const FlatKernels& kernels);
 
 // Vectors of a plane.
 int64_t flat_vectors(FlatForm form, const Axis& h, const Axis& w, int64_t lanes);
 
+// Taps of the steps of halves, for each tap of w.
+double step_taps(const Axis& w);
+
 // Tables that FlatArgs points into.
 struct FlatTables {
   std::vector<FlatRows> rows;
   std::vector<FlatRun> runs;
-  std::vector<int64_t> offsets, split_first, tap_parts, tap_order;
+  std::vector<int64_t> offsets, split_first, tap_parts, tap_order, steps;
   std::vector<FlatPart> parts;
   std::vector<uint16_t> masks;
   std::vector<int64_t> half_from, half_to, half_cells;
-  std::vector<FlatStep> steps;
   std::vector<FlatPhase> phases;
   std::vector<FlatPairStep> pair_steps;
 };

@@ -165,6 +165,19 @@ VOXCONV_INLINE void narrow(F16* p, float v) { p->bits = float_to_half(v); }
 VOXCONV_INLINE Vec<float> broadcast(float x) { return x - Vec<float>{}; }
 VOXCONV_INLINE Vec<double> broadcast(double x) { return x - Vec<double>{}; }
 
+// p[0] in the even lanes, p[1] in the odd ones.
+VOXCONV_INLINE Vec<float> broadcast_two(const float* p) {
+  typedef int64_t Pairs __attribute__((vector_size(kVectorBytes)));
+  int64_t both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return (Vec<float>)(Pairs{} + both);
+}
+VOXCONV_INLINE Vec<double> broadcast_two(const double* p) {
+  Vec<double> v;
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = p[i % 2];
+  return v;
+}
+
 template <class T>
 struct IndexOf {
   typedef int32_t type __attribute__((vector_size(kVectorBytes)));

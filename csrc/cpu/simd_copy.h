@@ -79,6 +79,18 @@ VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t coun
 }
 #endif
 
+// The two halves of a vector.
+template <class T>
+VOXCONV_INLINE void store_halves(T* low, T* high, Vec<T> v) {
+#if VOXCONV_VECTOR_BYTES == 64
+  _mm256_storeu_pd((double*)low, _mm512_castpd512_pd256((__m512d)v));
+  _mm256_storeu_pd((double*)high, _mm512_extractf64x4_pd((__m512d)v, 1));
+#else
+  __builtin_memcpy(low, &v, sizeof v / 2);
+  __builtin_memcpy(high, reinterpret_cast<const char*>(&v) + sizeof v / 2, sizeof v / 2);
+#endif
+}
+
 // Copies `lines` lines of `count` <= kLanes elements, converted if need be.
 template <class T, class A, class B>
 void copy_short_lines(A* to, int64_t to_step, const B* from, int64_t from_step, int64_t lines,
