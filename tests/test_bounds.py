@@ -27,6 +27,7 @@ CASES = [
     Case("circular", channels=2, size=(4, 5, 17), padding=1, mode="circular"),
     Case("stride2", channels=2, size=(5, 7, 33), stride=(2, 2, 2), padding=1),
     Case("stride2_even", channels=2, size=(6, 8, 36), stride=(1, 2, 2), padding=1),
+    Case("wide_padding", size=(4, 98, 1), kernel=(1, 1, 1), stride=(1, 1, 2), padding=(0, 0, 48)),
     Case("stride3", channels=2, size=(7, 9, 31), kernel=(5, 5, 5), stride=(2, 3, 3), padding=2),
     Case("dilation2", channels=2, size=(8, 9, 20), dilation=(2, 2, 2), padding=2),
     Case("wide", channels=1, size=(6, 6, 300), kernel=(5, 5, 5), padding=2),

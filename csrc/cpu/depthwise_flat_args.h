@@ -95,6 +95,9 @@ struct FlatArgs : PassTensors {
   bool asks_second;    // of halves, into the second cache: planes compete too much for the first
   int64_t next_bytes;  // of the source, for each cell of the target
   const int64_t *half_from, *half_to, *half_cells;
+  // The least of half_from from half i on, the most of it up to half i: with wide padding the end of
+  // a line reads farther than the next line begins.
+  const int64_t *half_least, *half_most;
   int64_t half;       // 0: vectors are not made of halves
   bool whole_halves;  // all of half_cells are a vector
   const int64_t* steps;
@@ -123,13 +126,13 @@ struct FlatArgs : PassTensors {
       const int64_t cell = begin * lanes - before;
       return (cell < 0 ? cell - split.line + 1 : cell) / split.line * split.line;
     }
-    return (half ? half_from[2 * begin] : begin * lanes) - before;
+    return (half ? half_least[2 * begin] : begin * lanes) - before;
   }
   int64_t last_cell(int64_t end, int64_t lanes) const {
     if (form == FlatForm::pairs) return cells + after;
     if (form == FlatForm::split)
       return (end * lanes + after + split.line - 1) / split.line * split.line;
-    return (half ? half_from[2 * end - 1] + lanes : end * lanes) + after;
+    return (half ? half_most[2 * end - 1] + lanes : end * lanes) + after;
   }
   // From what a tile reads, or writes, to what it asks for.
   int64_t from_ahead(const FlatRun& run) const {

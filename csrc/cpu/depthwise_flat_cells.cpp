@@ -110,6 +110,12 @@ void place_halves(FlatArgs& a, FlatTables& tables, LaneMasks& masks, const Axis&
     const int64_t again = pass == Pass::grad_weight ? a.half_again(i) : 0;
     masks.add(i / 2, i % 2 * lanes / 2 + again, line, column + again, a.half - again);
   }
+  tables.half_least = tables.half_most = tables.half_from;
+  std::vector<int64_t>&least = tables.half_least, &most = tables.half_most;
+  for (int64_t i = halves - 1; i > 0; --i) least[i - 1] = std::min(least[i - 1], least[i]);
+  for (int64_t i = 1; i < halves; ++i) most[i] = std::max(most[i - 1], most[i]);
+  a.half_least = least.data();
+  a.half_most = most.data();
 }
 
 // What a pair of destinations reads: the cell that many lines and columns from its own, with these
@@ -296,17 +302,26 @@ void place_steps(FlatArgs& a, FlatTables& tables, const Axis& w) {
   a.places = 2 * a.step_count;
 }
 
-// The same of the lanes that half i's cells are, for each step.
+// Bits 0 to 7, two apart.
+uint32_t two_apart(uint32_t bits) {
+  bits = (bits | bits << 4) & 0x0f0f;
+  bits = (bits | bits << 2) & 0x3333;
+  return (bits | bits << 1) & 0x5555;
+}
+
+// The lanes of the steps of each half, from those of its taps.
 void place_step_lanes(const FlatArgs& a, FlatTables& tables, const LaneMasks& masks,
                       int64_t lanes) {
-  tables.masks.assign(tables.half_to.size() * a.step_count, 0);
-  for (size_t i = 0; i < tables.masks.size(); ++i) {
-    const int64_t n = static_cast<int64_t>(i), half = n / a.step_count, step = n % a.step_count;
-    for (int64_t odd = 0; odd < 2; ++odd)
-      if (const int64_t tap = a.tap_order[2 * step + odd]; tap >= 0)
-        for (int64_t l = 0; l < a.half; ++l)
-          if (masks.bits[half / 2 * a.taps + tap] >> (half % 2 * lanes / 2 + l) & 1)
-            tables.masks[i] |= static_cast<uint16_t>(1 << (2 * l + odd));
+  const auto halves = static_cast<int64_t>(tables.half_to.size());
+  tables.masks.reserve(halves * a.step_count);
+  for (int64_t i = 0; i < halves; ++i) {
+    const uint16_t* vector = masks.bits.data() + i / 2 * a.taps;
+    const auto lanes_of = [&](int64_t tap) {
+      const uint32_t bits = tap < 0 ? 0 : vector[tap] >> (i % 2 * lanes / 2);
+      return two_apart(bits & ((1u << lanes / 2) - 1));
+    };
+    for (const int64_t* tap = a.tap_order; tap < a.tap_order + a.places; tap += 2)
+      tables.masks.push_back(static_cast<uint16_t>(lanes_of(tap[0]) | lanes_of(tap[1]) << 1));
   }
 }
 

@@ -26,7 +26,7 @@ struct FlatTables {
   std::vector<int64_t> offsets, split_first, tap_parts, tap_order, steps;
   std::vector<FlatPart> parts;
   std::vector<uint16_t> masks;
-  std::vector<int64_t> half_from, half_to, half_cells;
+  std::vector<int64_t> half_from, half_to, half_cells, half_least, half_most;
   std::vector<FlatPhase> phases;
   std::vector<FlatPairStep> pair_steps;
 };
