@@ -171,8 +171,9 @@ def foot(path: Path, content: Content, page: Path) -> str:
     parts = [one_line(where)]
     if roofs:
         parts.append(
-            f"roof {roofs['copy_gbs']['median']:.0f} GB/s copied,"
-            f" {roofs['mm_gflops']['median']:.0f} GFLOP/s in torch.mm, measured in the same run"
+            f"roof measured beside each layer, in the middle"
+            f" {roofs['copy_gbs']['median']:.0f} GB/s copied,"
+            f" {roofs['mm_gflops']['median']:.0f} GFLOP/s in torch.mm"
         )
     return (
         f"<sub>{'; '.join(parts)}; [every figure]({_link(path, page)}), `{where['command']}`</sub>"

@@ -95,8 +95,8 @@ struct FlatArgs : PassTensors {
   bool asks_second;    // of halves, into the second cache: planes compete too much for the first
   int64_t next_bytes;  // of the source, for each cell of the target
   const int64_t *half_from, *half_to, *half_cells;
-  // The least of half_from from half i on, the most of it up to half i: with wide padding the end of
-  // a line reads farther than the next line begins.
+  // The least of half_from from half i on, the most of it up to half i: with wide padding the end
+  // of a line reads farther than the next line begins.
   const int64_t *half_least, *half_most;
   int64_t half;       // 0: vectors are not made of halves
   bool whole_halves;  // all of half_cells are a vector

@@ -35,6 +35,10 @@ VOXCONV_INLINE Vec<float> load_few<float, float>(const float* p, int64_t count) 
   return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
 }
 template <>
+VOXCONV_INLINE Vec<double> load_few<double, double>(const double* p, int64_t count) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+}
+template <>
 VOXCONV_INLINE void store_few<float, float>(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
 }
