@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 LIBRARY := python/voxconv/_C.abi3.so
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py
-CPP := $(filter %.h %.inc %.cpp %.cuh %.cu,$(NATIVE))
+CPP := $(filter %.h %.inc %.cpp %.cuh %.cu,$(NATIVE) $(wildcard tests/cuda_on_cpu/*))
 
 .DEFAULT_GOAL := help
 .PHONY: help env build test demo bench lint format wheel clean

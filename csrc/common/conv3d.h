@@ -3,6 +3,13 @@
 #pragma once
 #include <cstdint>
 
+// Of functions that device code calls too.
+#if defined(__CUDACC__)
+#define VOXCONV_HD __host__ __device__
+#else
+#define VOXCONV_HD
+#endif
+
 namespace voxconv {
 
 // Order of the padding modes in the op schemas (python/voxconv/_geometry.py holds the same list).
@@ -16,8 +23,10 @@ struct Axis {
   int64_t in, out, kernel, stride, dilation, before, after;
 
   // Cells from the first tap to the last.
-  int64_t reach() const { return (kernel - 1) * dilation; }
-  int64_t output_size() const { return (in + before + after - reach() - 1) / stride + 1; }
+  VOXCONV_HD int64_t reach() const { return (kernel - 1) * dilation; }
+  VOXCONV_HD int64_t output_size() const {
+    return (in + before + after - reach() - 1) / stride + 1;
+  }
 };
 
 // x [batch, channels, in...], weight [channels * multiplier, 1, kernel...],
@@ -27,12 +36,12 @@ struct Conv3dShape {
   Axis axis[3];
   int mode;
 
-  int64_t taps() const { return axis[0].kernel * axis[1].kernel * axis[2].kernel; }
+  VOXCONV_HD int64_t taps() const { return axis[0].kernel * axis[1].kernel * axis[2].kernel; }
 };
 
 // The input index that position i of the padded axis reads (i counts from the first real element,
 // so it is negative in the padding before); -1 where it reads a zero.
-inline int64_t source_index(int64_t i, int64_t n, int mode) {
+VOXCONV_HD inline int64_t source_index(int64_t i, int64_t n, int mode) {
   if (i >= 0 && i < n) return i;
   switch (mode) {
     case kReplicate: return i < 0 ? 0 : n - 1;

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward and grad_input of stride 1, dilation 1 and zeros, K taps along every axis, NCDHW. They
+// are one correlation: grad_input is that of the gradient with the kernel turned round.
+//
+// A block owns a tile of lines and columns of a few channels, and walks along D through a slab of
+// destination planes. A plane of the source, with the halo of the tile and zeros beyond the volume,
+// is copied to shared memory while the one before it is worked on. A thread owns 4 x 4 destinations
+// of K planes at a time, which the current plane of the source is the last, ..., the first to
+// reach: a cell read from shared memory is worth up to 4 K^2 multiply-adds from registers, and
+// the planes of the source are read once, but for halos.
+//
+// Of a tile of h x w the source is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second
+// cache; of a slab of n planes K-1 more than n are worked on.
+#pragma once
+#include "device.cuh"
+
+namespace voxconv {
+namespace device {
+
+struct PlanesShape {
+  int64_t targets;              // batch * channels of the target
+  int channels, multiplier;     // of the target, targets that share a source
+  int source[3], target[3];     // sizes
+  int before[3];                // destination o reads from source cell o - before on
+  int tile_h, tile_w, tiles_w;  // of destinations
+  int slab, slabs;              // destination planes of a slab; slabs
+  bool turned;                  // the kernel is turned round
+};
+
+constexpr int kTileSide = 4;  // of a thread, in destinations
+
+// Weights of a line of taps, and columns of a tile in shared memory, in whole vectors of 4.
+template <int K>
+constexpr int kTapPitch = (K + 3) / 4 * 4;
+template <int K>
+VOXCONV_HD constexpr int planes_pitch(int tile_w) {
+  return tile_w + (K - 1 + 3) / 4 * 4;
+}
+template <int K>
+VOXCONV_HD constexpr int planes_lines(int tile_h) {
+  return tile_h + K - 1;
+}
+
+// Sums of shared memory that a channel of a block needs: taps, and two planes.
+template <int K>
+VOXCONV_HD constexpr int planes_shared(int tile_h, int tile_w) {
+  return K * K * kTapPitch<K> + 2 * planes_lines<K>(tile_h) * planes_pitch<K>(tile_w);
+}
+
+// Copies plane `plane` of the source into `to`, with what lies around the tile that begins at
+// destination (h, w). The threads of a channel share it out.
+template <int K, class T>
+__device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, Sum<T>* to) {
+  const int lines = planes_lines<K>(a.tile_h), pitch = planes_pitch<K>(a.tile_w);
+  const int threads = static_cast<int>(blockDim.x * blockDim.y);
+  const int first_h = h - a.before[1], first_w = w - a.before[2];
+  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < lines * pitch;
+       i += threads) {
+    const int line = first_h + i / pitch, column = first_w + i % pitch;
+    const bool exists = line >= 0 && line < a.source[1] && column >= 0 && column < a.source[2];
+    copy_async(to + i, plane + (exists ? line * int64_t(a.source[2]) + column : 0), exists);
+  }
+}
+
+// What a plane of the source in shared memory adds to the sums of a thread: sum[kd] is of the plane
+// that reads it with tap kd.
+template <int K, class S>
+__device__ void add_plane(const S* cells, int pitch, const S* taps,
+                          S (&sum)[K][kTileSide][kTileSide]) {
+  constexpr int kSide = kTileSide, kColumns = (kSide + K - 1 + 3) / 4 * 4;
+  VOXCONV_UNROLL
+  for (int line = 0; line < kSide + K - 1; ++line) {
+    S x[kColumns];
+    VOXCONV_UNROLL
+    for (int i = 0; i < kColumns; i += 4) load_four(cells + line * pitch + i, x + i);
+    VOXCONV_UNROLL
+    for (int kh = 0; kh < K; ++kh) {
+      const int h = line - kh;
+      if (h < 0 || h >= kSide) continue;
+      VOXCONV_UNROLL
+      for (int kd = 0; kd < K; ++kd) {
+        S tap[kTapPitch<K>];
+        VOXCONV_UNROLL
+        for (int i = 0; i < kTapPitch<K>; i += 4)
+          load_four(taps + (kd * K + kh) * kTapPitch<K> + i, tap + i);
+        VOXCONV_UNROLL
+        for (int kw = 0; kw < K; ++kw) {
+          VOXCONV_UNROLL
+          for (int w = 0; w < kSide; ++w) sum[kd][h][w] += x[w + kw] * tap[kw];
+        }
+      }
+    }
+  }
+}
+
+// blockDim is [tile_w / 4, tile_h / 4, channels of a block]; blocks are counted by tiles, then by
+// slabs, then by channels.
+template <class T, int K>
+__global__ void __launch_bounds__(128)
+    depthwise_planes(PlanesShape a, const T* source, const T* weight, const T* bias, T* target) {
+  using S = Sum<T>;
+  constexpr int kSide = kTileSide;
+  const int tiles = a.tiles_w * ((a.target[1] + a.tile_h - 1) / a.tile_h);
+  const int block = static_cast<int>(blockIdx.x), tile = block % tiles;
+  const int first = block / tiles % a.slabs * a.slab;  // destination plane
+  const int last = first + a.slab < a.target[0] ? first + a.slab : a.target[0];
+  const int h = tile / a.tiles_w * a.tile_h, w = tile % a.tiles_w * a.tile_w;
+  const int64_t number = static_cast<int64_t>(block / tiles / a.slabs) * blockDim.z + threadIdx.z;
+  const bool exists = number < a.targets;
+  const int64_t at = exists ? number : a.targets - 1;  // of the last block: works in vain
+  const int64_t source_plane = int64_t(a.source[1]) * a.source[2];
+  const int64_t target_plane = int64_t(a.target[1]) * a.target[2];
+  const int channel = static_cast<int>(at % a.channels);
+  const T* from = source + at / a.multiplier * (a.source[0] * source_plane);
+  T* to = target + at * (a.target[0] * target_plane);
+
+  S* taps = shared_memory<S>() + threadIdx.z * planes_shared<K>(a.tile_h, a.tile_w);
+  S* planes = taps + K * K * kTapPitch<K>;
+  const int pitch = planes_pitch<K>(a.tile_w), plane_size = planes_lines<K>(a.tile_h) * pitch;
+  const int threads = static_cast<int>(blockDim.x * blockDim.y);
+  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < K * K * kTapPitch<K>;
+       i += threads) {
+    const int tap = i / kTapPitch<K> * K + i % kTapPitch<K>;
+    const bool padding = i % kTapPitch<K> >= K;
+    const T* own = weight + channel * int64_t(K * K * K);
+    taps[i] = padding ? S(0) : widen(own[a.turned ? K * K * K - 1 - tap : tap]);
+  }
+
+  const S start = bias ? widen(bias[channel]) : S(0);
+  S sum[K][kSide][kSide];
+  VOXCONV_UNROLL
+  for (int kd = 0; kd < K; ++kd) VOXCONV_UNROLL
+  for (int i = 0; i < kSide * kSide; ++i) sum[kd][i / kSide][i % kSide] = start;
+
+  const int steps = last - first + K - 1;
+  const auto copy = [&](int step) {
+    const int plane = first - a.before[0] + step;
+    if (step < steps && plane >= 0 && plane < a.source[0])
+      copy_plane<K>(a, from + plane * source_plane, h, w, planes + step % 2 * plane_size);
+    commit_copies();
+  };
+  copy(0);
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<0>();
+    __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
+    copy(step + 1);
+    const int plane = first - a.before[0] + step;
+    if (plane >= 0 && plane < a.source[0])
+      add_plane<K>(
+          planes + step % 2 * plane_size + threadIdx.y * kSide * pitch + threadIdx.x * kSide, pitch,
+          taps, sum);
+    // The plane that reads this one with its last tap has all it needs.
+    const int d = first + step - (K - 1);
+    if (d >= first && exists) {
+      VOXCONV_UNROLL
+      for (int i = 0; i < kSide; ++i) {
+        const int row = h + static_cast<int>(threadIdx.y) * kSide + i;
+        const int column = w + static_cast<int>(threadIdx.x) * kSide;
+        if (row < a.target[1])
+          store_four(to + d * target_plane + row * int64_t(a.target[2]) + column, sum[K - 1][i],
+                     a.target[2] - column, a.target[2] % 4 == 0);
+      }
+    }
+    VOXCONV_UNROLL
+    for (int kd = K - 1; kd > 0; --kd) VOXCONV_UNROLL
+    for (int i = 0; i < kSide * kSide; ++i)
+      sum[kd][i / kSide][i % kSide] = sum[kd - 1][i / kSide][i % kSide];
+    VOXCONV_UNROLL
+    for (int i = 0; i < kSide * kSide; ++i) sum[0][i / kSide][i % kSide] = start;
+  }
+  wait_for_copies<0>();
+}
+
+}  // namespace device
+}  // namespace voxconv

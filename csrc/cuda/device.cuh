@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// What device code takes from its surroundings: from CUDA, or from tests/cuda_on_cpu, which
+// compiles it with a C++ compiler and runs it on the CPU. Device code includes no other header of
+// CUDA's, and none of torch's.
+#pragma once
+#include "../common/conv3d.h"
+
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define VOXCONV_UNROLL _Pragma("unroll")
+#else
+#include "../cpu/half.h"
+#include "cuda_on_cpu.h"
+#define VOXCONV_UNROLL
+#endif
+
+namespace voxconv {
+namespace device {
+
+// What elements of a tensor are summed in.
+template <class T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <class T>
+using Sum = typename SumOf<T>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline void narrow(float& to, float x) { to = x; }
+__device__ inline void narrow(double& to, double x) { to = x; }
+
+#if defined(__CUDACC__)
+using Bf16 = __nv_bfloat16;
+using F16 = __half;
+__device__ inline float widen(Bf16 x) { return __bfloat162float(x); }
+__device__ inline float widen(F16 x) { return __half2float(x); }
+__device__ inline void narrow(Bf16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ inline void narrow(F16& to, float x) { to = __float2half_rn(x); }
+
+// The block's shared memory, of the size it was launched with.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char voxconv_shared_memory[];
+  return reinterpret_cast<T*>(voxconv_shared_memory);
+}
+
+// Copies an element to shared memory while the thread goes on, or a zero.
+template <class T>
+__device__ inline void copy_later(T* to, const T* from, bool exists) {
+  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const unsigned bytes = exists ? sizeof(T) : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(from),
+               "n"(sizeof(T)), "r"(bytes)
+               : "memory");
+}
+// The copies of the thread since the last call are a group; waits for all but the last N groups.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+#else
+using voxconv::Bf16;
+using voxconv::F16;
+inline float widen(Bf16 x) { return bfloat16_to_float(x.bits); }
+inline float widen(F16 x) { return half_to_float(x.bits); }
+inline void narrow(Bf16& to, float x) { to.bits = float_to_bfloat16(x); }
+inline void narrow(F16& to, float x) { to.bits = float_to_half(x); }
+
+template <class T>
+T* shared_memory() {
+  return static_cast<T*>(cuda_on_cpu::shared_memory());
+}
+template <class T>
+void copy_later(T* to, const T* from, bool exists) {
+  static const T zero = 0;
+  cuda_on_cpu::copy_later(to, exists ? from : &zero, sizeof(T));
+}
+inline void commit_copies() { cuda_on_cpu::commit_copies(); }
+template <int N>
+void wait_for_copies() {
+  cuda_on_cpu::wait_for_copies(N);
+}
+#endif
+
+// The same where elements may have to be widened; those are copied at once.
+template <class T>
+__device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
+  if constexpr (std::is_same_v<T, Sum<T>>)
+    copy_later(to, from, exists);
+  else
+    *to = exists ? widen(*from) : Sum<T>(0);
+}
+
+// Four neighbours, at an address that is a multiple of all four or of 16 bytes.
+template <class T>
+struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
+  T of[4];
+};
+template <class T>
+__device__ inline void load_four(const T* from, T* to) {
+  const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
+  VOXCONV_UNROLL
+  for (int i = 0; i < 4; ++i) to[i] = four.of[i];
+}
+// Only the first `count`, one by one, if they are fewer or may lie anywhere.
+template <class T>
+__device__ inline void store_four(T* to, const Sum<T> (&from)[4], int count, bool aligned) {
+  if (aligned && count >= 4) {
+    Four<T> four;
+    VOXCONV_UNROLL
+    for (int i = 0; i < 4; ++i) narrow(four.of[i], from[i]);
+    *reinterpret_cast<Four<T>*>(to) = four;
+    return;
+  }
+  VOXCONV_UNROLL
+  for (int i = 0; i < 4; ++i)
+    if (i < count) narrow(to[i], from[i]);
+}
+
+// A tensor [n, c, d, h, w] of any strides, in elements.
+template <class T>
+struct View {
+  T* data;
+  int64_t n, c, d, h, w;
+
+  __device__ T* at(int64_t i_n, int64_t i_c) const { return data + i_n * n + i_c * c; }
+  __device__ T* at(int64_t i_n, int64_t i_c, int64_t i_d, int64_t i_h, int64_t i_w) const {
+    return at(i_n, i_c) + i_d * d + i_h * h + i_w * w;
+  }
+};
+
+// The first thing of a thread of the grid, and from one of its things to the next.
+__device__ inline int64_t first_of_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// The sum of what the threads of a block have, in an order of its own, in thread 0. blockDim.x is a
+// power of 2; `place` has as many sums.
+template <class S>
+__device__ S block_sum(S mine, S* place) {
+  const int thread = static_cast<int>(threadIdx.x);
+  place[thread] = mine;
+  for (int half = static_cast<int>(blockDim.x) / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) place[thread] += place[thread + half];
+  }
+  return place[0];
+}
+
+}  // namespace device
+}  // namespace voxconv
