@@ -33,32 +33,39 @@ __device__ inline int64_t cell_read(const Axis& axis, int mode, int64_t o, int64
   return source_index(o * axis.stride + k * axis.dilation - axis.before, axis.in, mode);
 }
 
-// f(o, k) for every destination o that reads cell i with tap k, in a fixed order: those that read
-// it in its own place, then those that read it instead of a cell of the padding.
-template <class F>
-__device__ void for_each_reader(const Axis& axis, int mode, int64_t i, const F& f) {
-  const auto at = [&](int64_t position) {
-    for (int64_t k = 0; k < axis.kernel; ++k) {
-      const int64_t from = position + axis.before - k * axis.dilation;
-      if (from >= 0 && from % axis.stride == 0 && from / axis.stride < axis.out)
-        f(from / axis.stride, k);
-    }
-  };
-  at(i);
-  if (mode == kZeros) return;
-  // Replicate has the whole padding in its end cells, the others one position on each side.
+// Positions [begin, end) of the padded axis.
+struct Positions {
+  int64_t begin, end;
+};
+
+// Those that read cell i: its own (part 0), and what reads it instead of a cell of the padding
+// before (1) and behind (2).
+__device__ inline Positions reading(const Axis& axis, int mode, int64_t i, int part) {
   const int64_t n = axis.in, end = n + axis.after;
-  if (mode == kReplicate) {
-    if (i == 0)
-      for (int64_t p = -axis.before; p < 0; ++p) at(p);
-    if (i == n - 1)
-      for (int64_t p = n; p < end; ++p) at(p);
-    return;
+  if (part == 0) return {i, i + 1};
+  if (mode == kZeros) return {0, 0};
+  if (mode == kReplicate) {  // an end cell stands for all of its side
+    if (part == 1) return {-axis.before, i == 0 ? 0 : -axis.before};
+    return {n, i == n - 1 ? end : n};
   }
   const int64_t low = mode == kReflect ? -i : i - n;
   const int64_t high = mode == kReflect ? 2 * (n - 1) - i : i + n;
-  if (low < 0 && low >= -axis.before) at(low);
-  if (high >= n && high < end) at(high);
+  if (part == 1) return {low, low < 0 && low >= -axis.before ? low + 1 : low};
+  return {high, high >= n && high < end ? high + 1 : high};
+}
+
+// f(o, k) for every destination o that reads cell i with tap k, in a fixed order.
+template <class F>
+__device__ void for_each_reader(const Axis& axis, int mode, int64_t i, const F& f) {
+  for (int part = 0; part < 3; ++part) {
+    const Positions positions = reading(axis, mode, i, part);
+    for (int64_t p = positions.begin; p < positions.end; ++p)
+      for (int64_t k = 0; k < axis.kernel; ++k) {
+        const int64_t from = p + axis.before - k * axis.dilation;
+        if (from >= 0 && from % axis.stride == 0 && from / axis.stride < axis.out)
+          f(from / axis.stride, k);
+      }
+  }
 }
 
 // y [n, C*m, o...] from x [n, C, i...], weight [C*m, 1, k...] and bias [C*m] or null. A thread owns

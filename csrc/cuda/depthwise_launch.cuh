@@ -37,10 +37,10 @@ View<T> output_of(const Conv3dShape& shape, bool channels_last, T* data) {
                axis[2].out);
 }
 
-// Blocks of depthwise_planes have so many threads at most, in columns of so many, and as much
-// shared memory as a block may have without asking for more. Slabs are cut until there are so many
-// blocks, two waves of an H200's.
-constexpr int kPlanesThreads = 128, kPlanesColumn = 16, kPlanesShared = 48 << 10;
+// Blocks of depthwise_planes have columns of so many threads at most, and as much shared memory as
+// a block may have without asking for more. Slabs are cut until there are so many blocks, two waves
+// of an H200's.
+constexpr int kPlanesColumn = 16, kPlanesShared = 48 << 10;
 constexpr int kPlanesBlocks = 2 * 132 * 4;
 // Slabs are never shorter than that many times the kernel.
 constexpr int kLeastSlab = 4;
@@ -77,15 +77,15 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   if (a.targets == 0) return;
   const auto parts = [](int64_t cells, int64_t part) { return (cells + part - 1) / part; };
   // Threads along w, then h, then over channels, until a block has all it may have.
-  const auto along = [&](int64_t cells, int64_t most) {
-    const int64_t threads = parts(cells, kTileSide);
+  const auto along = [&](int64_t cells, int64_t own, int64_t most) {
+    const int64_t threads = parts(cells, own);
     return static_cast<int>(threads < most ? threads : most);
   };
-  const int wide = along(a.target[2], kPlanesColumn);
+  const int wide = along(a.target[2], kColumns, kPlanesColumn);
   const int free = kPlanesThreads / wide;
-  const int high = along(a.target[1], free < kPlanesColumn ? free : kPlanesColumn);
-  a.tile_w = wide * kTileSide;
-  a.tile_h = high * kTileSide;
+  const int high = along(a.target[1], kLines<K>, free < kPlanesColumn ? free : kPlanesColumn);
+  a.tile_w = wide * kColumns;
+  a.tile_h = high * kLines<K>;
   const int shared = planes_shared<K>(a.tile_h, a.tile_w) * static_cast<int>(sizeof(Sum<T>));
   const int by_threads = free / high, by_shared = kPlanesShared / shared;
   const int most = by_threads < by_shared ? by_threads : by_shared;

@@ -4,10 +4,10 @@
 //
 // A block owns a tile of lines and columns of a few channels, and walks along D through a slab of
 // destination planes. A plane of the source, with the halo of the tile and zeros beyond the volume,
-// is copied to shared memory while the one before it is worked on. A thread owns 4 x 4 destinations
-// of K planes at a time, which the current plane of the source is the last, ..., the first to
-// reach: a cell read from shared memory is worth up to 4 K^2 multiply-adds from registers, and
-// the planes of the source are read once, but for halos.
+// is copied to shared memory while the one before it is worked on. A thread owns 4 columns of some
+// lines of K destination planes at a time, which the current plane of the source is the last, ...,
+// the first to reach: a cell read from shared memory is worth up to 4 K^2 multiply-adds, the sums
+// stay in registers, and the planes of the source are read once, but for halos.
 //
 // Of a tile of h x w the source is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second
 // cache; of a slab of n planes K-1 more than n are worked on.
@@ -27,7 +27,12 @@ struct PlanesShape {
   bool turned;                  // the kernel is turned round
 };
 
-constexpr int kTileSide = 4;  // of a thread, in destinations
+// Destinations of a thread: columns, and lines, fewer where the sums would leave no registers.
+constexpr int kColumns = 4;
+template <int K>
+constexpr int kLines = K > 5 ? 2 : 4;
+
+constexpr int kPlanesThreads = 128;  // of a block, at most
 
 // Weights of a line of taps, and columns of a tile in shared memory, in whole vectors of 4.
 template <int K>
@@ -66,40 +71,40 @@ __device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, S
 // that reads it with tap kd.
 template <int K, class S>
 __device__ void add_plane(const S* cells, int pitch, const S* taps,
-                          S (&sum)[K][kTileSide][kTileSide]) {
-  constexpr int kSide = kTileSide, kColumns = (kSide + K - 1 + 3) / 4 * 4;
+                          S (&sum)[K][kLines<K>][kColumns]) {
+  constexpr int kCells = (kColumns + K - 1 + 3) / 4 * 4;
   VOXCONV_UNROLL
-  for (int line = 0; line < kSide + K - 1; ++line) {
-    S x[kColumns];
+  for (int line = 0; line < kLines<K> + K - 1; ++line) {
+    S x[kCells];
     VOXCONV_UNROLL
-    for (int i = 0; i < kColumns; i += 4) load_four(cells + line * pitch + i, x + i);
+    for (int i = 0; i < kCells; i += 4) load_four_now(cells + line * pitch + i, x + i);
     VOXCONV_UNROLL
     for (int kh = 0; kh < K; ++kh) {
       const int h = line - kh;
-      if (h < 0 || h >= kSide) continue;
+      if (h < 0 || h >= kLines<K>) continue;
       VOXCONV_UNROLL
       for (int kd = 0; kd < K; ++kd) {
         S tap[kTapPitch<K>];
         VOXCONV_UNROLL
         for (int i = 0; i < kTapPitch<K>; i += 4)
-          load_four(taps + (kd * K + kh) * kTapPitch<K> + i, tap + i);
+          load_four_now(taps + (kd * K + kh) * kTapPitch<K> + i, tap + i);
         VOXCONV_UNROLL
         for (int kw = 0; kw < K; ++kw) {
           VOXCONV_UNROLL
-          for (int w = 0; w < kSide; ++w) sum[kd][h][w] += x[w + kw] * tap[kw];
+          for (int w = 0; w < kColumns; ++w) sum[kd][h][w] += x[w + kw] * tap[kw];
         }
       }
     }
   }
 }
 
-// blockDim is [tile_w / 4, tile_h / 4, channels of a block]; blocks are counted by tiles, then by
-// slabs, then by channels.
+// blockDim is [tile_w / kColumns, tile_h / kLines, channels of a block]; blocks are counted by
+// tiles, then by slabs, then by channels.
 template <class T, int K>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(kPlanesThreads)
     depthwise_planes(PlanesShape a, const T* source, const T* weight, const T* bias, T* target) {
   using S = Sum<T>;
-  constexpr int kSide = kTileSide;
+  constexpr int kThreadCells = kLines<K> * kColumns;
   const int tiles = a.tiles_w * ((a.target[1] + a.tile_h - 1) / a.tile_h);
   const int block = static_cast<int>(blockIdx.x), tile = block % tiles;
   const int first = block / tiles % a.slabs * a.slab;  // destination plane
@@ -127,10 +132,10 @@ __global__ void __launch_bounds__(128)
   }
 
   const S start = bias ? widen(bias[channel]) : S(0);
-  S sum[K][kSide][kSide];
+  S sum[K][kLines<K>][kColumns];
   VOXCONV_UNROLL
   for (int kd = 0; kd < K; ++kd) VOXCONV_UNROLL
-  for (int i = 0; i < kSide * kSide; ++i) sum[kd][i / kSide][i % kSide] = start;
+  for (int i = 0; i < kThreadCells; ++i) sum[kd][i / kColumns][i % kColumns] = start;
 
   const int steps = last - first + K - 1;
   const auto copy = [&](int step) {
@@ -147,15 +152,15 @@ __global__ void __launch_bounds__(128)
     const int plane = first - a.before[0] + step;
     if (plane >= 0 && plane < a.source[0])
       add_plane<K>(
-          planes + step % 2 * plane_size + threadIdx.y * kSide * pitch + threadIdx.x * kSide, pitch,
-          taps, sum);
+          planes + step % 2 * plane_size + threadIdx.y * kLines<K> * pitch + threadIdx.x * kColumns,
+          pitch, taps, sum);
     // The plane that reads this one with its last tap has all it needs.
     const int d = first + step - (K - 1);
     if (d >= first && exists) {
       VOXCONV_UNROLL
-      for (int i = 0; i < kSide; ++i) {
-        const int row = h + static_cast<int>(threadIdx.y) * kSide + i;
-        const int column = w + static_cast<int>(threadIdx.x) * kSide;
+      for (int i = 0; i < kLines<K>; ++i) {
+        const int row = h + static_cast<int>(threadIdx.y) * kLines<K> + i;
+        const int column = w + static_cast<int>(threadIdx.x) * kColumns;
         if (row < a.target[1])
           store_four(to + d * target_plane + row * int64_t(a.target[2]) + column, sum[K - 1][i],
                      a.target[2] - column, a.target[2] % 4 == 0);
@@ -163,10 +168,10 @@ __global__ void __launch_bounds__(128)
     }
     VOXCONV_UNROLL
     for (int kd = K - 1; kd > 0; --kd) VOXCONV_UNROLL
-    for (int i = 0; i < kSide * kSide; ++i)
-      sum[kd][i / kSide][i % kSide] = sum[kd - 1][i / kSide][i % kSide];
+    for (int i = 0; i < kThreadCells; ++i)
+      sum[kd][i / kColumns][i % kColumns] = sum[kd - 1][i / kColumns][i % kColumns];
     VOXCONV_UNROLL
-    for (int i = 0; i < kSide * kSide; ++i) sum[0][i / kSide][i % kSide] = start;
+    for (int i = 0; i < kThreadCells; ++i) sum[0][i / kColumns][i % kColumns] = start;
   }
   wait_for_copies<0>();
 }
