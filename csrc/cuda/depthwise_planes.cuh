@@ -77,7 +77,7 @@ __device__ void add_plane(const S* cells, int pitch, const S* taps,
   for (int line = 0; line < kLines<K> + K - 1; ++line) {
     S x[kCells];
     VOXCONV_UNROLL
-    for (int i = 0; i < kCells; i += 4) load_four_now(cells + line * pitch + i, x + i);
+    for (int i = 0; i < kCells; i += 4) load_four(cells + line * pitch + i, x + i);
     VOXCONV_UNROLL
     for (int kh = 0; kh < K; ++kh) {
       const int h = line - kh;
@@ -87,7 +87,7 @@ __device__ void add_plane(const S* cells, int pitch, const S* taps,
         S tap[kTapPitch<K>];
         VOXCONV_UNROLL
         for (int i = 0; i < kTapPitch<K>; i += 4)
-          load_four_now(taps + (kd * K + kh) * kTapPitch<K> + i, tap + i);
+          load_four(taps + (kd * K + kh) * kTapPitch<K> + i, tap + i);
         VOXCONV_UNROLL
         for (int kw = 0; kw < K; ++kw) {
           VOXCONV_UNROLL

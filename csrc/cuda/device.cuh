@@ -63,7 +63,7 @@ __device__ inline void copy_later(T* to, const T* from, bool exists) {
 }
 // Loads four neighbours from shared memory here and now: the compiler neither loads them earlier
 // nor keeps them for the next time that they are asked for, which would take all registers.
-__device__ inline void load_four_now(const float* from, float* to) {
+__device__ inline void load_four(const float* from, float* to) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))));
@@ -92,7 +92,7 @@ void copy_later(T* to, const T* from, bool exists) {
   static const T zero = 0;
   cuda_on_cpu::copy_later(to, exists ? from : &zero, sizeof(T));
 }
-inline void load_four_now(const float* from, float* to) { std::memcpy(to, from, 16); }
+inline void load_four(const float* from, float* to) { std::memcpy(to, from, 16); }
 inline void commit_copies() { cuda_on_cpu::commit_copies(); }
 template <int N>
 void wait_for_copies() {
@@ -114,13 +114,7 @@ template <class T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T of[4];
 };
-template <class T>
-__device__ inline void load_four(const T* from, T* to) {
-  const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
-  VOXCONV_UNROLL
-  for (int i = 0; i < 4; ++i) to[i] = four.of[i];
-}
-// Only the first `count`, one by one, if they are fewer or may lie anywhere.
+// Stores four, or only the first `count`, one by one, if they are fewer or may lie anywhere.
 template <class T>
 __device__ inline void store_four(T* to, const Sum<T> (&from)[4], int count, bool aligned) {
   if (aligned && count >= 4) {
