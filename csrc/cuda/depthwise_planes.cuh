@@ -134,8 +134,10 @@ __global__ void __launch_bounds__(kPlanesThreads)
   const S start = bias ? widen(bias[channel]) : S(0);
   S sum[K][kLines<K>][kColumns];
   VOXCONV_UNROLL
-  for (int kd = 0; kd < K; ++kd) VOXCONV_UNROLL
-  for (int i = 0; i < kThreadCells; ++i) sum[kd][i / kColumns][i % kColumns] = start;
+  for (int kd = 0; kd < K; ++kd) {
+    VOXCONV_UNROLL
+    for (int i = 0; i < kThreadCells; ++i) sum[kd][i / kColumns][i % kColumns] = start;
+  }
 
   const int steps = last - first + K - 1;
   const auto copy = [&](int step) {
@@ -167,9 +169,11 @@ __global__ void __launch_bounds__(kPlanesThreads)
       }
     }
     VOXCONV_UNROLL
-    for (int kd = K - 1; kd > 0; --kd) VOXCONV_UNROLL
-    for (int i = 0; i < kThreadCells; ++i)
-      sum[kd][i / kColumns][i % kColumns] = sum[kd - 1][i / kColumns][i % kColumns];
+    for (int kd = K - 1; kd > 0; --kd) {
+      VOXCONV_UNROLL
+      for (int i = 0; i < kThreadCells; ++i)
+        sum[kd][i / kColumns][i % kColumns] = sum[kd - 1][i / kColumns][i % kColumns];
+    }
     VOXCONV_UNROLL
     for (int i = 0; i < kThreadCells; ++i) sum[0][i / kColumns][i % kColumns] = start;
   }

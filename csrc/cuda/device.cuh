@@ -66,7 +66,8 @@ __device__ inline void copy_later(T* to, const T* from, bool exists) {
 __device__ inline void load_four(const float* from, float* to) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))));
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
+               : "memory");
 }
 
 // The copies of the thread since the last call are a group; waits for all but the last N groups.
