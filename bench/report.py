@@ -171,7 +171,7 @@ def foot(path: Path, content: Content, page: Path) -> str:
     parts = [one_line(where)]
     if roofs:
         parts.append(
-            f"roof measured beside each layer, in the middle"
+            "roof measured beside each layer, in the middle"
             f" {roofs['copy_gbs']['median']:.0f} GB/s copied,"
             f" {roofs['mm_gflops']['median']:.0f} GFLOP/s in torch.mm"
         )

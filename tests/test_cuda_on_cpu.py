@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from cases import CHANNELS_LAST, NCDHW, Case, select
-from testing import DTYPES, assert_case, dtype_id, on
+from testing import DTYPES, PASSES, assert_case, bitwise_equal, dtype_id, on
 from voxconv import _ops, autograd
+from voxconv._geometry import Geometry
+from voxconv._layout import is_channels_last
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 MOST_PRODUCTS = 150_000  # of a row: more of them take seconds
-Run = Callable[..., torch.Tensor]
 
 
 class Shape(ctypes.Structure):
@@ -58,11 +59,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def _shape(x: tuple[int, ...], filters: int, kernel: Any, *geometry: Any) -> Shape:
     stride, padding, dilation, mode = geometry
+    sizes = zip(x[2:], Geometry(kernel, *geometry).out_size(x[2:]), strict=True)
     axes = (ctypes.c_int64 * 7 * 3)()
-    for i, (n, k, s, d) in enumerate(zip(x[2:], kernel, stride, dilation, strict=True)):
-        before, after = padding[2 * i : 2 * i + 2]
-        out = (n + before + after - (k - 1) * d - 1) // s + 1
-        axes[i][:] = (n, out, k, s, d, before, after)
+    for i, (n, out) in enumerate(sizes):
+        axes[i][:] = (n, out, kernel[i], stride[i], dilation[i], *padding[2 * i : 2 * i + 2])
     return Shape((x[0], x[1], filters // x[1]), axes, mode)
 
 
@@ -70,10 +70,6 @@ def _dense(tensor: torch.Tensor, last: bool) -> torch.Tensor:
     return tensor.contiguous(
         memory_format=torch.channels_last_3d if last else torch.contiguous_format
     )
-
-
-def _is_last(tensor: torch.Tensor) -> bool:
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 class Passes:
@@ -84,15 +80,14 @@ class Passes:
 
     def _run(
         self,
-        number: int,
+        which: str,
         shape: Shape,
         source: torch.Tensor,
         other: torch.Tensor | None,
         bias: torch.Tensor | None,
         target: torch.Tensor,
     ) -> torch.Tensor:
-        tensors = (source, other, bias, target)
-        last = _is_last(source)
+        last = is_channels_last(source)
         results = []
         for falling in (False, True):
             into = torch.empty_like(target)
@@ -102,7 +97,7 @@ class Passes:
                 *(0 if t is None else t.numel() * t.element_size() for t in tensors),
             )
             error = self.library.run_depthwise(
-                number,
+                PASSES.index(which),
                 DTYPES.index(source.dtype),
                 ctypes.byref(shape),
                 last,
@@ -111,33 +106,33 @@ class Passes:
             )
             assert not error, error.decode()
             results.append(into)
-        one, other = (result.flatten().tolist() for result in results)
-        assert one == other, "the result changes with the order of the threads"
+        assert bitwise_equal(*results), "the result changes with the order of the threads"
         return results[0]
 
     def forward(self, x: Any, weight: Any, bias: Any, *geometry: Any) -> torch.Tensor:
         target = _ops._fake_forward(x, weight, bias, *geometry)
-        x = _dense(x, _is_last(target))
+        x = _dense(x, is_channels_last(target))
         shape = _shape(x.shape, weight.shape[0], weight.shape[2:], *geometry)
-        return self._run(0, shape, x, weight.contiguous(), bias, target)
+        return self._run("forward", shape, x, weight.contiguous(), bias, target)
 
     def grad_input(self, grad: Any, weight: Any, size: Any, *geometry: Any) -> torch.Tensor:
         *geometry, bias = geometry  # type: ignore[assignment]
         target = _ops._fake_grad_input(grad, weight, size)
         shape = _shape(target.shape, grad.shape[1], weight.shape[2:], *geometry)
-        grad = _dense(grad, _is_last(target))
-        return self._run(1, shape, grad, weight.contiguous(), bias, target)
+        grad = _dense(grad, is_channels_last(target))
+        return self._run("grad_input", shape, grad, weight.contiguous(), bias, target)
 
     def grad_weight(self, grad: Any, x: Any, kernel: Any, *geometry: Any) -> torch.Tensor:
         target = _ops._fake_grad_weight(grad, x, kernel)
-        last = _is_last(grad)
+        last = is_channels_last(grad)
         shape = _shape(x.shape, grad.shape[1], kernel, *geometry)
-        return self._run(2, shape, _dense(x, last), _dense(grad, last), None, target)
+        return self._run("grad_weight", shape, _dense(x, last), _dense(grad, last), None, target)
 
     def channel_sum(self, grad: Any) -> torch.Tensor:
-        grad = grad if _is_last(grad) else grad.contiguous()
-        shape = _shape(grad.shape, grad.shape[1], (1,) * 3, (1,) * 3, (0,) * 6, (1,) * 3, 0)
-        return self._run(3, shape, grad, None, None, _ops._fake_channel_sum(grad))
+        grad = grad if is_channels_last(grad) else grad.contiguous()
+        one = (1, 1, 1)
+        shape = _shape(grad.shape, grad.shape[1], one, one, (0,) * 6, one, 0)
+        return self._run("grad_bias", shape, grad, None, None, _ops._fake_channel_sum(grad))
 
 
 @contextmanager

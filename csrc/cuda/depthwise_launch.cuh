@@ -45,16 +45,13 @@ constexpr int kPlanesBlocks = 2 * 132 * 4;
 // Slabs are never shorter than that many times the kernel.
 constexpr int kLeastSlab = 4;
 
-// Whether depthwise_planes can do a pass.
-template <class T>
-bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {
+// Whether depthwise_planes can do a pass, if it has as many taps.
+inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {
   const Axis* axis = shape.axis;
-  if (channels_last || shape.mode != kZeros || std::is_same_v<T, double>) return false;
+  if (channels_last || shape.mode != kZeros) return false;
   if (backwards && shape.multiplier != 1) return false;
-  const int64_t k = axis[0].kernel;
-  if (k != 3 && k != 5 && k != 7) return false;
   for (int i = 0; i < 3; ++i)
-    if (axis[i].kernel != k || axis[i].stride != 1 || axis[i].dilation != 1 ||
+    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
         axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
       return false;
   return true;
@@ -74,7 +71,6 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
     a.target[i] = static_cast<int>(backwards ? axis.in : axis.out);
     a.before[i] = static_cast<int>(backwards ? K - 1 - axis.before : axis.before);
   }
-  if (a.targets == 0) return;
   const auto parts = [](int64_t cells, int64_t part) { return (cells + part - 1) / part; };
   // Threads along w, then h, then over channels, until a block has all it may have.
   const auto along = [&](int64_t cells, int64_t own, int64_t most) {
@@ -105,7 +101,7 @@ template <class T, class Launch>
 bool by_planes(const Launch& launch, const Conv3dShape& shape, bool channels_last, bool backwards,
                const T* source, const T* weight, const T* bias, T* target) {
   if constexpr (!std::is_same_v<T, double>) {
-    if (!planes_suit<T>(shape, channels_last, backwards)) return false;
+    if (!planes_suit(shape, channels_last, backwards)) return false;
     const auto run = [&](auto k) {
       launch_planes<decltype(k)::value>(launch, shape, backwards, source, weight, bias, target);
     };

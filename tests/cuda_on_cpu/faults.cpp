@@ -7,7 +7,8 @@
 
 namespace {
 
-using voxconv::device::shared_memory;
+namespace device = voxconv::device;
+using device::shared_memory;
 
 constexpr int kThreads = 64;
 
@@ -39,9 +40,9 @@ __global__ void unwritten(const float* x, float* y, bool right) {
 }
 __global__ void not_waited_for(const float* x, float* y, bool right) {
   float* place = shared_memory<float>();
-  cuda_on_cpu::copy_later(place + threadIdx.x, x + threadIdx.x, sizeof(float));
-  cuda_on_cpu::commit_copies();
-  cuda_on_cpu::wait_for_copies(right ? 0 : 1);
+  device::copy_later(place + threadIdx.x, x + threadIdx.x, true);
+  device::commit_copies();
+  right ? device::wait_for_copies<0>() : device::wait_for_copies<1>();
   y[threadIdx.x] = place[threadIdx.x];
 }
 __global__ void sum_of_warp(const float* x, float* y, bool right) {
