@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+import cuda_kernels
 from testing import MALLOC_FILL
 
 
@@ -67,3 +68,9 @@ def at_threads() -> Callable[[int, Callable[[], object]], object]:
             torch.set_num_threads(before)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels, for the CPU."""
+    return cuda_kernels.build(tmp_path_factory.mktemp("cuda_on_cpu"))

@@ -15,6 +15,10 @@ namespace voxconv {
 // Order of the padding modes in the op schemas (python/voxconv/_geometry.py holds the same list).
 enum PaddingMode : int { kZeros = 0, kReplicate = 1, kReflect = 2, kCircular = 3 };
 
+// What may follow the sum of an output, in the order of the op schemas (voxconv/_activation.py).
+enum Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kGelu = 3, kSilu = 4 };
+constexpr double kLeakySlope = 0.01;  // as torch.nn.functional.leaky_relu has it
+
 // What is computed: the output, or the gradient of one of the factors.
 enum class Pass { forward, grad_input, grad_weight };
 

@@ -4,12 +4,20 @@
 // source is read from the first cache once for every tap that reads it, and index arithmetic takes
 // longer than the sums: the other kernels are for speed.
 #pragma once
-#include "device.cuh"
+#include "launch.cuh"
 
 namespace voxconv {
 namespace device {
 
 constexpr int kAnyThreads = 256;
+
+// Blocks of a grid whose threads take their cells in turn; enough to fill any GPU several times.
+constexpr int64_t kMostBlocks = 1 << 16;
+
+inline unsigned blocks_for(int64_t cells) {
+  const int64_t blocks = ceil_div(cells, kAnyThreads);
+  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
 
 struct Place {
   int64_t n, c, d, h, w;
@@ -68,12 +76,12 @@ __device__ void for_each_reader(const Axis& axis, int mode, int64_t i, const F& 
   }
 }
 
-// y [n, C*m, o...] from x [n, C, i...], weight [C*m, 1, k...] and bias [C*m] or null. A thread owns
-// every all_threads()-th cell of y.
+// y [n, C*m, o...] = activation(x [n, C, i...] * weight [C*m, 1, k...] + bias [C*m] or null). A
+// thread owns every all_threads()-th cell of y.
 template <class T>
 __global__ void __launch_bounds__(kAnyThreads)
     depthwise_forward_any(Conv3dShape shape, View<const T> x, const T* weight, const T* bias,
-                          View<T> y, bool channels_last) {
+                          int activation, View<T> y, bool channels_last) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
   const int64_t filters = shape.channels * shape.multiplier;
   const int64_t cells = shape.batch * filters * d.out * h.out * w.out;
@@ -97,7 +105,7 @@ __global__ void __launch_bounds__(kAnyThreads)
         sum += line;
       }
     }
-    narrow(*y.at(o.n, o.c, o.d, o.h, o.w), sum);
+    narrow(*y.at(o.n, o.c, o.d, o.h, o.w), activate(sum, activation));
   }
 }
 

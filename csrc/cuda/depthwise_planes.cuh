@@ -12,7 +12,7 @@
 // Of a tile of h x w the source is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second
 // cache; of a slab of n planes K-1 more than n are worked on.
 #pragma once
-#include "device.cuh"
+#include "launch.cuh"
 
 namespace voxconv {
 namespace device {
@@ -25,6 +25,7 @@ struct PlanesShape {
   int tile_h, tile_w, tiles_w;  // of destinations
   int slab, slabs;              // destination planes of a slab; slabs
   bool turned;                  // the kernel is turned round
+  int activation;
 };
 
 // Destinations of a thread: columns, and lines, fewer where the sums would leave no registers.
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kPlanesThreads)
         const int column = w + static_cast<int>(threadIdx.x) * kColumns;
         if (row < a.target[1])
           store_four(to + d * target_plane + row * int64_t(a.target[2]) + column, sum[K - 1][i],
-                     a.target[2] - column, a.target[2] % 4 == 0);
+                     a.activation, a.target[2] - column, a.target[2] % 4 == 0);
       }
     }
     VOXCONV_UNROLL
@@ -178,6 +179,85 @@ __global__ void __launch_bounds__(kPlanesThreads)
     for (int i = 0; i < kThreadCells; ++i) sum[0][i / kColumns][i % kColumns] = start;
   }
   wait_for_copies<0>();
+}
+
+// Blocks of depthwise_planes have columns of so many threads at most, and as much shared memory as
+// a block may have without asking for more. Slabs are cut until there are so many blocks, two waves
+// of an H200's.
+constexpr int kPlanesColumn = 16, kPlanesShared = 48 << 10;
+constexpr int kPlanesBlocks = 2 * 132 * 4;
+// Slabs are never shorter than that many times the kernel.
+constexpr int kLeastSlab = 4;
+
+// Whether depthwise_planes can do a pass, if it has as many taps.
+inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {
+  const Axis* axis = shape.axis;
+  if (channels_last || shape.mode != kZeros) return false;
+  if (backwards && shape.multiplier != 1) return false;
+  for (int i = 0; i < 3; ++i)
+    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
+        axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
+      return false;
+  return true;
+}
+
+template <int K, class T, class Launch>
+void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backwards, const T* source,
+                   const T* weight, const T* bias, int activation, T* target) {
+  PlanesShape a;
+  a.multiplier = static_cast<int>(backwards ? 1 : shape.multiplier);
+  a.channels = static_cast<int>(shape.channels * shape.multiplier);
+  a.targets = shape.batch * a.channels;
+  a.turned = backwards;
+  a.activation = activation;
+  for (int i = 0; i < 3; ++i) {
+    const Axis& axis = shape.axis[i];
+    a.source[i] = static_cast<int>(backwards ? axis.out : axis.in);
+    a.target[i] = static_cast<int>(backwards ? axis.in : axis.out);
+    a.before[i] = static_cast<int>(backwards ? K - 1 - axis.before : axis.before);
+  }
+  // Threads along w, then h, then over channels, until a block has all it may have.
+  const auto along = [&](int64_t cells, int64_t own, int64_t most) {
+    const int64_t threads = ceil_div(cells, own);
+    return static_cast<int>(threads < most ? threads : most);
+  };
+  const int wide = along(a.target[2], kColumns, kPlanesColumn);
+  const int free = kPlanesThreads / wide;
+  const int high = along(a.target[1], kLines<K>, free < kPlanesColumn ? free : kPlanesColumn);
+  a.tile_w = wide * kColumns;
+  a.tile_h = high * kLines<K>;
+  const int shared = planes_shared<K>(a.tile_h, a.tile_w) * static_cast<int>(sizeof(Sum<T>));
+  const int by_threads = free / high, by_shared = kPlanesShared / shared;
+  const int most = by_threads < by_shared ? by_threads : by_shared;
+  const int deep = static_cast<int>(most < a.targets ? most : a.targets);
+  a.tiles_w = static_cast<int>(ceil_div(a.target[2], a.tile_w));
+  const int64_t tiles = a.tiles_w * ceil_div(a.target[1], a.tile_h);
+  const int64_t rows = ceil_div(a.targets, deep), wanted = ceil_div(kPlanesBlocks, tiles * rows);
+  const int64_t slab = ceil_div(a.target[0], wanted);
+  a.slab = static_cast<int>(slab > kLeastSlab * K ? slab : kLeastSlab * K);
+  a.slabs = static_cast<int>(ceil_div(a.target[0], a.slab));
+  launch(depthwise_planes<T, K>, static_cast<unsigned>(tiles * a.slabs * rows),
+         dim3(wide, high, deep), deep * shared, a, source, weight, bias, target);
+}
+
+// By depthwise_planes, if it can: `target` = activation(source * weight + bias).
+template <class T, class Launch>
+bool by_planes(const Launch& launch, const Conv3dShape& shape, bool channels_last, bool backwards,
+               const T* source, const T* weight, const T* bias, int activation, T* target) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!planes_suit(shape, channels_last, backwards)) return false;
+    const auto run = [&](auto k) {
+      launch_planes<decltype(k)::value>(launch, shape, backwards, source, weight, bias, activation,
+                                        target);
+    };
+    switch (shape.axis[0].kernel) {
+      case 3: run(std::integral_constant<int, 3>{}); return true;
+      case 5: run(std::integral_constant<int, 5>{}); return true;
+      case 7: run(std::integral_constant<int, 7>{}); return true;
+      default: break;
+    }
+  }
+  return false;
 }
 
 }  // namespace device

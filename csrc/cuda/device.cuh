@@ -12,6 +12,8 @@
 #include <cuda_fp16.h>
 #define VOXCONV_UNROLL _Pragma("unroll")
 #else
+#include <cmath>
+
 #include "../cpu/half.h"
 #include "cuda_on_cpu.h"
 #define VOXCONV_UNROLL
@@ -101,6 +103,23 @@ void wait_for_copies() {
 }
 #endif
 
+__device__ inline float error_function(float x) { return erff(x); }
+__device__ inline double error_function(double x) { return erf(x); }
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+
+// What an output is, given its sum. NaN stays NaN.
+template <class S>
+__device__ __forceinline__ S activate(S x, int activation) {
+  switch (activation) {
+    case kRelu: return x < S(0) ? S(0) : x;
+    case kLeakyRelu: return x < S(0) ? x * S(kLeakySlope) : x;
+    case kGelu: return S(0.5) * x * (S(1) + error_function(x * S(0.70710678118654752440)));
+    case kSilu: return x / (S(1) + exponential(-x));
+    default: return x;
+  }
+}
+
 // The same where elements may have to be widened; those are copied at once.
 template <class T>
 __device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
@@ -115,9 +134,14 @@ template <class T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T of[4];
 };
-// Stores four, or only the first `count`, one by one, if they are fewer or may lie anywhere.
+// Stores four outputs, or only the first `count`, one by one, if they are fewer or may lie
+// anywhere.
 template <class T>
-__device__ inline void store_four(T* to, const Sum<T> (&from)[4], int count, bool aligned) {
+__device__ inline void store_four(T* to, const Sum<T> (&sums)[4], int activation, int count,
+                                  bool aligned) {
+  Sum<T> from[4];
+  VOXCONV_UNROLL
+  for (int i = 0; i < 4; ++i) from[i] = activate(sums[i], activation);
   if (aligned && count >= 4) {
     Four<T> four;
     VOXCONV_UNROLL
