@@ -3,6 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# CUDA is compiled where there is an nvcc: for the GPU of this machine, or for one architecture.
+CUDA_ARCH ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  head -n 1),90a)
+ALL_CUDA_ARCHS := 80;90a;100+PTX
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
@@ -15,13 +19,14 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py
 CPP := $(filter %.h %.inc %.cpp %.cuh %.cu,$(NATIVE) $(wildcard tests/cuda_on_cpu/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help env build test demo bench lint format wheel clean
+.PHONY: help env build cuda test demo bench lint format wheel clean
 
 help:
 	@echo "make test    set up, build, run the tests            PYTEST_FLAGS='-k depthwise'"
 	@echo "make demo    the main job on a real volume           DEMO_FLAGS='--volume scan.nii.gz'"
 	@echo "make bench   time every case against torch           BENCH_FLAGS='--op depthwise'"
 	@echo "make build   compile csrc/ into $(LIBRARY)"
+	@echo "make cuda    the same, with CUDA for $(ALL_CUDA_ARCHS) (needs nvcc)"
 	@echo "make env     $(VENV) with torch and the build tools   TORCH='$(TORCH)'"
 	@echo "make lint    ruff, mypy and clang-format, no changes; 'make format' applies them"
 	@echo "make wheel   dist/*.whl for every torch >= 2.10"
@@ -50,8 +55,11 @@ $(STAMPS)/%: $(STAMPS)/env pyproject.toml setup.py
 	@touch $@
 
 $(LIBRARY): $(NATIVE) | $(STAMPS)/env
-	$(PY) setup.py -q build_ext --inplace
+	VOXCONV_CUDA_ARCH="$(CUDA_ARCH)" $(PY) setup.py -q build_ext --inplace
 	@touch $@
+
+cuda: $(STAMPS)/env
+	VOXCONV_CUDA=1 VOXCONV_CUDA_ARCH="$(ALL_CUDA_ARCHS)" $(PY) setup.py -q build_ext --inplace
 
 env: $(STAMPS)/env
 build: $(LIBRARY) $(STAMPS)/base

@@ -4,12 +4,22 @@
 #include <Python.h>
 
 #include "cpu/result_memory.h"
+#include "cuda/cuda_build.h"
 
 namespace {
 
 PyObject* empty_cache(PyObject*, PyObject*) {
   voxconv::empty_result_cache();
   Py_RETURN_NONE;
+}
+
+// None without CUDA.
+PyObject* cuda_build(PyObject*, PyObject*) {
+#if defined(USE_CUDA)
+  return PyUnicode_FromString(voxconv::cuda_build());
+#else
+  Py_RETURN_NONE;
+#endif
 }
 
 }  // namespace
@@ -19,7 +29,9 @@ extern "C"
     __attribute__((visibility("default")))
 #endif
     PyObject* PyInit__C(void) {
-  static PyMethodDef methods[] = {{"empty_cache", empty_cache, METH_NOARGS, nullptr}, {}};
+  static PyMethodDef methods[] = {{"empty_cache", empty_cache, METH_NOARGS, nullptr},
+                                  {"cuda_build", cuda_build, METH_NOARGS, nullptr},
+                                  {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);
 }

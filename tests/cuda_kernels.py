@@ -75,6 +75,7 @@ class Passes:
     def __init__(self, library: ctypes.CDLL, way: str) -> None:
         self.library = library
         self.way = WAYS.index(way)
+        self.activations: list[int] = []  # of the forward passes, as they came
 
     def _run(
         self,
@@ -84,6 +85,7 @@ class Passes:
         other: torch.Tensor | None,
         bias: torch.Tensor | None,
         target: torch.Tensor,
+        activation: int = 0,
     ) -> torch.Tensor:
         last = is_channels_last(source)
         results = []
@@ -100,7 +102,7 @@ class Passes:
                 ctypes.byref(shape),
                 last,
                 self.way,
-                0,
+                activation,
                 ctypes.byref(work),
                 falling,
             )
@@ -110,10 +112,12 @@ class Passes:
         return results[0]
 
     def forward(self, x: Any, weight: Any, bias: Any, *geometry: Any) -> torch.Tensor:
+        *geometry, activation = geometry  # type: ignore[assignment]
         target = _ops._fake_forward(x, weight, bias, *geometry)
+        self.activations.append(activation)
         x = _dense(x, is_channels_last(target))
         shape = _shape(x.shape, weight.shape[0], weight.shape[2:], *geometry)
-        return self._run("forward", shape, x, weight.contiguous(), bias, target)
+        return self._run("forward", shape, x, weight.contiguous(), bias, target, activation)
 
     def grad_input(self, grad: Any, weight: Any, size: Any, *geometry: Any) -> torch.Tensor:
         *geometry, bias = geometry  # type: ignore[assignment]
@@ -136,14 +140,14 @@ class Passes:
 
 
 @contextmanager
-def cuda_kernels(library: ctypes.CDLL, way: str = "choose") -> Iterator[None]:
+def cuda_kernels(library: ctypes.CDLL, way: str = "choose") -> Iterator[Passes]:
     """The functions of autograd call the CUDA kernels, those of `way` where they can."""
     passes = Passes(library, way)
     with (
-        on("direct"),
+        on("direct", "cuda"),
         mock.patch.dict(autograd._FORWARD, direct=passes.forward),
         mock.patch.dict(autograd._GRAD_INPUT, direct=passes.grad_input),
         mock.patch.dict(autograd._GRAD_WEIGHT, direct=passes.grad_weight),
-        mock.patch.object(autograd, "_CHANNEL_SUM", passes.channel_sum),
+        mock.patch.dict(autograd._CHANNEL_SUM, direct=passes.channel_sum),
     ):
-        yield
+        yield passes

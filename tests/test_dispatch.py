@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -67,9 +69,9 @@ def test_the_fft_is_chosen_only_where_it_can_run() -> None:
     ("changes", "words"),
     [
         pytest.param({"depthwise": False}, "not depthwise", id="dense"),
-        pytest.param({"device": "cuda"}, "cuda", id="device"),
+        pytest.param({"device": "mps"}, "mps", id="device"),
         pytest.param({"dtype": torch.complex64}, "complex64", id="dtype"),
-        pytest.param({"missing": "no library"}, "no library", id="missing"),
+        pytest.param({"missing": {"cpu": "no library"}}, "no library", id="missing"),
     ],
 )
 def test_what_the_cpu_refuses_goes_to_torch(changes: dict[str, Any], words: str) -> None:
@@ -82,11 +84,73 @@ def test_what_the_cpu_refuses_goes_to_torch(changes: dict[str, Any], words: str)
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_backends_without_kernels_refuse(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=name):
-        _dispatch.choose(_problem(DW3), name)
-    with voxconv.use_backend(name), pytest.raises(NotImplementedError, match=name):
+def test_backends_for_gpus_refuse_the_cpu(name: str) -> None:
+    with voxconv.use_backend(name), pytest.raises(NotImplementedError, match=f"{name}.*'cpu'"):
         ours(DW3, *DW3.make()[:3])
+
+
+NO_CUDA = {"cuda": "built without CUDA"}
+NO_GPU_KERNELS = NO_CUDA | {"triton": "Triton is not installed"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "forced", "expected"),
+    [
+        ({}, None, ("cuda", "direct")),
+        ({}, "triton", ("triton", "triton")),
+        (NO_CUDA, None, ("triton", "triton")),
+        (NO_GPU_KERNELS, None, ("torch", "conv3d")),
+    ],
+    ids=["both", "asked", "no_cuda", "neither"],
+)
+def test_a_gpu_has_two_backends(
+    missing: dict[str, str], forced: str | None, expected: tuple[str, str]
+) -> None:
+    choice = _dispatch.choose(_problem(DW3, device="cuda", missing=missing), forced)
+    assert choice[:2] == expected
+    assert all(reason in choice.reason for reason in missing.values() if forced is None)
+
+
+@pytest.mark.parametrize("forced", ["cuda", "triton"])
+def test_what_a_gpu_lacks_is_told(forced: str) -> None:
+    problem = _problem(DW3, device="cuda", missing=NO_GPU_KERNELS)
+    with pytest.raises(NotImplementedError, match=f"'{forced}'.*{NO_GPU_KERNELS[forced]}"):
+        _dispatch.choose(problem, forced)
+
+
+def test_large_kernels_in_float32_take_the_fft_on_a_gpu() -> None:
+    big = Case("dw21", channels=48, size=(48, 48, 48), kernel=(21, 21, 21), padding=10)
+
+    def kernel(case: Case, dtype: torch.dtype) -> str:
+        return _dispatch.choose(_problem(case, device="cuda", dtype=dtype)).kernel
+
+    assert kernel(big, torch.float32) == "fft"
+    assert kernel(big, torch.bfloat16) == "direct"
+    assert kernel(replace(big, mode="circular"), torch.float32) == "direct"
+    assert kernel(replace(big, kernel=(7, 7, 7), padding=3), torch.float32) == "direct"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "word"),
+    [
+        ("80;90a;100+PTX", (8, 6), None),
+        ("80;90a;100+PTX", (9, 0), None),
+        ("80;90a;100+PTX", (12, 0), None),
+        ("80;90a;100+PTX", (7, 5), "sm_80 or later"),
+        ("90a", (8, 0), "VOXCONV_CUDA_ARCH=80"),
+        ("80", (9, 0), "VOXCONV_CUDA_ARCH=90"),
+        (None, (9, 0), "VOXCONV_CUDA=1"),
+    ],
+)
+def test_which_gpus_the_compiled_part_runs_on(
+    built: str | None, capability: tuple[int, int], word: str | None
+) -> None:
+    with (
+        mock.patch.object(_ops, "cuda_build", return_value=built and f"{built} nvcc 13.0"),
+        mock.patch.object(_ops, "_missing", None),
+    ):
+        reason = _ops._missing_on_gpu.__wrapped__(*capability)["cuda"]
+    assert reason is None if word is None else word in reason
 
 
 def test_forced_torch_takes_everything() -> None:
@@ -299,6 +363,7 @@ def test_without_the_compiled_part() -> None:
     [
         ("VOXCONV_CPU_LEVEL", "avx2"),
         ("VOXCONV_CPU_WAY", "fastest"),
+        ("VOXCONV_CUDA_WAY", "fastest"),
         ("VOXCONV_CACHE_MIB", "2GB"),
         ("VOXCONV_CACHE_MIB", "-5"),
     ],

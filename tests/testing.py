@@ -107,13 +107,16 @@ def _place(flat: int, shape: torch.Size) -> tuple[int, ...]:
 
 
 @contextmanager
-def on(path: str | None) -> Iterator[None]:
-    """Sends every call inside to one kernel of the CPU, or to torch; None lets the rules choose."""
+def on(path: str | None, backend: str = "cpu") -> Iterator[None]:
+    """Sends every call inside to one kernel of the CPU, or to torch; None lets the rules choose.
+
+    Another `backend` is what the call takes it for, where a test has put others in its place.
+    """
     if path in (None, "torch"):
         with voxconv.use_backend(path):
             yield
         return
-    choice = _dispatch.Choice("cpu", path, "asked for by a test")
+    choice = _dispatch.Choice(backend, path, "asked for by a test")
     functional._calls.clear()
     with (
         mock.patch.object(_dispatch, "_cpu_kernel", return_value=choice),

@@ -198,50 +198,30 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
 }
 
 Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                         const std::vector<int64_t>& dilation, int64_t mode) {
-  VOXCONV_CHECK(x.dim() == 5 && weight.dim() == 5, "voxconv: x and weight must be 5-D");
-  const int64_t channels = x.size(1), filters = weight.size(0);
-  VOXCONV_CHECK(weight.size(1) == 1 && channels > 0 && filters % channels == 0,
-                "voxconv: weight must be [channels * multiplier, 1, kd, kh, kw]");
-  check_same(x, weight);
-  const int64_t in[] = {x.size(2), x.size(3), x.size(4)};
-  const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const Conv3dShape shape = make_shape(x.size(0), channels, filters / channels, in, kernel, stride,
-                                       padding, dilation, mode);
+                         const Ints& stride, const Ints& padding, const Ints& dilation,
+                         int64_t mode, int64_t activation) {
+  check_no_activation(activation);
+  const Conv3dShape shape = forward_shape(x, weight, stride, padding, dilation, mode);
   if (const Cropped crop(shape); crop.smaller)
     return depthwise_forward(x, crop.of(contiguous(weight)), bias, stride, crop.padding, dilation,
-                             mode);
+                             mode, activation);
   const Axis* axis = shape.axis;
+  const int64_t filters = weight.size(0);
   Tensor y = empty_result(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
   run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), y);
   return y;
 }
 
-Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight,
-                            const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
-                            const std::vector<int64_t>& padding,
-                            const std::vector<int64_t>& dilation, int64_t mode,
-                            const std::optional<Tensor>& bias) {
-  VOXCONV_CHECK(grad.dim() == 5 && weight.dim() == 5 && size.size() == 3,
-                "voxconv: grad and weight must be 5-D and size take 3 numbers");
-  const int64_t channels = weight.size(0), multiplier = weight.size(1);
-  VOXCONV_CHECK(channels > 0 && multiplier > 0 && grad.size(1) == channels * multiplier,
-                "voxconv: weight must be [channels, multiplier, kd, kh, kw]");
-  check_same(grad, weight);
-  const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const Conv3dShape shape = make_shape(grad.size(0), channels, multiplier, size.data(), kernel,
-                                       stride, padding, dilation, mode);
-  const Axis* axis = shape.axis;
-  VOXCONV_CHECK(
-      grad.size(2) == axis[0].out && grad.size(3) == axis[1].out && grad.size(4) == axis[2].out,
-      "voxconv: grad does not have the size of the output");
+Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight, const Ints& size,
+                            const Ints& stride, const Ints& padding, const Ints& dilation,
+                            int64_t mode, const std::optional<Tensor>& bias) {
+  const Conv3dShape shape = grad_input_shape(grad, weight, size, stride, padding, dilation, mode);
   if (const Cropped crop(shape); crop.smaller)
     return depthwise_grad_input(grad, crop.of(contiguous(weight)), size, stride, crop.padding,
                                 dilation, mode, bias);
-  Tensor x = empty_result(grad, {shape.batch, channels, size[0], size[1], size[2]});
+  Tensor x = empty_result(grad, {shape.batch, shape.channels, size[0], size[1], size[2]});
   run_correlate(shape, Pass::grad_input, grad, contiguous(weight),
-                checked_bias(bias, grad, channels), x);
+                checked_bias(bias, grad, shape.channels), x);
   return x;
 }
 
@@ -270,23 +250,12 @@ void sum_partials(Tensor& weight, const void* partial, int64_t batch, int64_t ch
   });
 }
 
-Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x,
-                             const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                             const std::vector<int64_t>& padding,
-                             const std::vector<int64_t>& dilation, int64_t mode) {
-  VOXCONV_CHECK(grad.dim() == 5 && x.dim() == 5 && kernel.size() == 3,
-                "voxconv: grad and x must be 5-D and kernel take 3 numbers");
-  const int64_t channels = x.size(1), filters = grad.size(1);
-  VOXCONV_CHECK(channels > 0 && filters % channels == 0 && grad.size(0) == x.size(0),
-                "voxconv: grad must be [batch, channels * multiplier, d, h, w]");
-  check_same(grad, x);
-  const int64_t in[] = {x.size(2), x.size(3), x.size(4)};
-  const Conv3dShape shape = make_shape(x.size(0), channels, filters / channels, in, kernel.data(),
-                                       stride, padding, dilation, mode);
+Tensor depthwise_grad_weight(const Tensor& grad, const Tensor& x, const Ints& kernel,
+                             const Ints& stride, const Ints& padding, const Ints& dilation,
+                             int64_t mode) {
+  const Conv3dShape shape = grad_weight_shape(grad, x, kernel, stride, padding, dilation, mode);
   const Axis* axis = shape.axis;
-  for (int i = 0; i < 3; ++i)
-    VOXCONV_CHECK(grad.size(2 + i) == axis[i].out,
-                  "voxconv: grad does not have the size of the output");
+  const int64_t filters = grad.size(1);
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
   const Cropped crop(shape);
   if (shape.batch == 0 || crop.smaller) torch::stable::zero_(weight);

@@ -207,27 +207,15 @@ void check_mode(int64_t mode) {
   VOXCONV_CHECK(mode == kZeros, "voxconv: the FFT pads with zeros only");
 }
 
-void check_output(const Conv3dShape& shape, const Tensor& grad) {
-  for (int i = 0; i < 3; ++i)
-    VOXCONV_CHECK(grad.size(2 + i) == shape.axis[i].out,
-                  "voxconv: grad does not have the size of the output");
-}
-
 Tensor depthwise_forward_fft(const Tensor& x, const Tensor& weight,
-                             const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
-                             const std::vector<int64_t>& padding,
-                             const std::vector<int64_t>& dilation, int64_t mode) {
-  VOXCONV_CHECK(x.dim() == 5 && weight.dim() == 5, "voxconv: x and weight must be 5-D");
-  const int64_t batch = x.size(0), channels = x.size(1), filters = weight.size(0);
-  VOXCONV_CHECK(weight.size(1) == 1 && channels > 0 && filters % channels == 0,
-                "voxconv: weight must be [channels * multiplier, 1, kd, kh, kw]");
-  check_same(x, weight);
+                             const std::optional<Tensor>& bias, const Ints& stride,
+                             const Ints& padding, const Ints& dilation, int64_t mode,
+                             int64_t activation) {
   check_mode(mode);
-  const int64_t in[] = {x.size(2), x.size(3), x.size(4)};
-  const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const Conv3dShape shape =
-      make_shape(batch, channels, filters / channels, in, kernel, stride, padding, dilation, mode);
+  check_no_activation(activation);
+  const Conv3dShape shape = forward_shape(x, weight, stride, padding, dilation, mode);
   const Axis* axis = shape.axis;
+  const int64_t batch = shape.batch, filters = weight.size(0);
   Tensor y = empty_result(x, {batch, filters, axis[0].out, axis[1].out, axis[2].out});
   const Tensor w = contiguous(weight);
   const std::optional<Tensor> b = checked_bias(bias, x, filters);
@@ -235,28 +223,17 @@ Tensor depthwise_forward_fft(const Tensor& x, const Tensor& weight,
   Convolution c{operand(x), weight_operand(w),
                 operand(y), b ? b->data_ptr() : nullptr,
                 1,          {batch, filters, 0, is_channels_last_3d(x)}};
-  c.a.divide = filters / channels;
+  c.a.divide = shape.multiplier;
   convolve(shape, Pass::forward, c, x);
   return y;
 }
 
-Tensor depthwise_grad_input_fft(const Tensor& grad, const Tensor& weight,
-                                const std::vector<int64_t>& size,
-                                const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding,
-                                const std::vector<int64_t>& dilation, int64_t mode,
-                                const std::optional<Tensor>& bias) {
-  VOXCONV_CHECK(grad.dim() == 5 && weight.dim() == 5 && size.size() == 3,
-                "voxconv: grad and weight must be 5-D and size take 3 numbers");
-  const int64_t batch = grad.size(0), channels = weight.size(0), multiplier = weight.size(1);
-  VOXCONV_CHECK(channels > 0 && multiplier > 0 && grad.size(1) == channels * multiplier,
-                "voxconv: weight must be [channels, multiplier, kd, kh, kw]");
-  check_same(grad, weight);
+Tensor depthwise_grad_input_fft(const Tensor& grad, const Tensor& weight, const Ints& size,
+                                const Ints& stride, const Ints& padding, const Ints& dilation,
+                                int64_t mode, const std::optional<Tensor>& bias) {
   check_mode(mode);
-  const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const Conv3dShape shape =
-      make_shape(batch, channels, multiplier, size.data(), kernel, stride, padding, dilation, mode);
-  check_output(shape, grad);
+  const Conv3dShape shape = grad_input_shape(grad, weight, size, stride, padding, dilation, mode);
+  const int64_t batch = shape.batch, channels = shape.channels, multiplier = shape.multiplier;
   Tensor x = empty_result(grad, {batch, channels, size[0], size[1], size[2]});
   const Tensor w = contiguous(weight);
   const std::optional<Tensor> b = checked_bias(bias, grad, channels);
@@ -271,22 +248,12 @@ Tensor depthwise_grad_input_fft(const Tensor& grad, const Tensor& weight,
   return x;
 }
 
-Tensor depthwise_grad_weight_fft(const Tensor& grad, const Tensor& x,
-                                 const std::vector<int64_t>& kernel,
-                                 const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding,
-                                 const std::vector<int64_t>& dilation, int64_t mode) {
-  VOXCONV_CHECK(grad.dim() == 5 && x.dim() == 5 && kernel.size() == 3,
-                "voxconv: grad and x must be 5-D and kernel take 3 numbers");
-  const int64_t batch = x.size(0), channels = x.size(1), filters = grad.size(1);
-  VOXCONV_CHECK(channels > 0 && filters % channels == 0 && grad.size(0) == batch,
-                "voxconv: grad must be [batch, channels * multiplier, d, h, w]");
-  check_same(grad, x);
+Tensor depthwise_grad_weight_fft(const Tensor& grad, const Tensor& x, const Ints& kernel,
+                                 const Ints& stride, const Ints& padding, const Ints& dilation,
+                                 int64_t mode) {
   check_mode(mode);
-  const int64_t in[] = {x.size(2), x.size(3), x.size(4)};
-  const Conv3dShape shape = make_shape(batch, channels, filters / channels, in, kernel.data(),
-                                       stride, padding, dilation, mode);
-  check_output(shape, grad);
+  const Conv3dShape shape = grad_weight_shape(grad, x, kernel, stride, padding, dilation, mode);
+  const int64_t batch = shape.batch, filters = grad.size(1);
   Tensor weight = empty_5d(x, {filters, 1, kernel[0], kernel[1], kernel[2]}, false);
   if (filters == 0) return weight;
   // Taps that meet padding only are not written.
@@ -294,7 +261,7 @@ Tensor depthwise_grad_weight_fft(const Tensor& grad, const Tensor& x,
   if (batch == 0) return weight;
   Convolution c{operand(x), operand(grad), weight_operand(weight),
                 nullptr,    batch,         {1, filters, 0, is_channels_last_3d(x)}};
-  c.a.divide = filters / channels;
+  c.a.divide = shape.multiplier;
   c.a.term_step = x.stride(0);
   c.b.term_step = grad.stride(0);
   convolve(shape, Pass::grad_weight, c, x);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CPU ops of the depthwise family do with their tensors before and after a kernel runs.
 #pragma once
-#include "../common/stable.h"
+#include "../common/depthwise_checks.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -75,41 +75,6 @@ inline int64_t target_size(const Axis& axis, bool backwards) {
   return backwards ? axis.in : axis.out;
 }
 
-inline Conv3dShape make_shape(int64_t batch, int64_t channels, int64_t multiplier,
-                              const int64_t* in, const int64_t* kernel,
-                              const std::vector<int64_t>& stride,
-                              const std::vector<int64_t>& padding,
-                              const std::vector<int64_t>& dilation, int64_t mode) {
-  VOXCONV_CHECK(stride.size() == 3 && padding.size() == 6 && dilation.size() == 3,
-                "voxconv: stride, padding and dilation take 3, 6 and 3 numbers");
-  VOXCONV_CHECK(mode >= kZeros && mode <= kCircular, "voxconv: unknown padding mode ", mode);
-  Conv3dShape shape{batch, channels, multiplier, {}, static_cast<int>(mode)};
-  for (int i = 0; i < 3; ++i) {
-    Axis& axis = shape.axis[i];
-    axis = {in[i],
-            0,
-            kernel[i],
-            stride[i],
-            kernel[i] == 1 ? 1 : dilation[i],
-            padding[2 * i],
-            padding[2 * i + 1]};
-    VOXCONV_CHECK(axis.in > 0 && axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 &&
-                      axis.before >= 0 && axis.after >= 0,
-                  "voxconv: size, kernel, stride and dilation must be positive");
-    axis.out = axis.output_size();
-    VOXCONV_CHECK(axis.out > 0, "voxconv: the output would be empty");
-    const int64_t most = mode == kReflect ? axis.in - 1 : axis.in;
-    VOXCONV_CHECK(mode == kZeros || mode == kReplicate || std::max(axis.before, axis.after) <= most,
-                  "voxconv: padding is larger than the axis allows");
-  }
-  return shape;
-}
-
-inline void check_same(const Tensor& a, const Tensor& b) {
-  VOXCONV_CHECK(a.scalar_type() == b.scalar_type(), "voxconv: mixed dtypes");
-  VOXCONV_CHECK(b.is_cpu(), "voxconv: mixed devices");
-}
-
 // A convolution without the taps at the ends of its kernel that meet nothing but zeros: a kernel
 // that is larger than the volume has many of them.
 struct Cropped {
@@ -172,13 +137,10 @@ struct Cropped {
   }
 };
 
-inline std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, const Tensor& like,
-                                          int64_t channels) {
-  if (!bias) return bias;
-  VOXCONV_CHECK(bias->dim() == 1 && bias->size(0) == channels, "voxconv: bias must be [", channels,
-                "]");
-  check_same(like, *bias);
-  return contiguous(*bias);
+// The functions in front of the ops (voxconv/functional.py) leave activations to torch here.
+inline void check_no_activation(int64_t activation) {
+  VOXCONV_CHECK(checked_activation(activation) == kIdentity,
+                "voxconv: the CPU kernels have no activation of their own");
 }
 
 }  // namespace voxconv

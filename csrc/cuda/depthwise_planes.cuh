@@ -24,6 +24,7 @@ struct PlanesShape {
   int before[3];                // destination o reads from source cell o - before on
   int tile_h, tile_w, tiles_w;  // of destinations
   int slab, slabs;              // destination planes of a slab; slabs
+  int copy_bytes;               // of a copy to shared memory
   bool turned;                  // the kernel is turned round
   int activation;
 };
@@ -35,64 +36,134 @@ constexpr int kLines = K > 5 ? 2 : 4;
 
 constexpr int kPlanesThreads = 128;  // of a block, at most
 
-// Weights of a line of taps, and columns of a tile in shared memory, in whole vectors of 4.
+// Weights of a line of taps, in whole vectors of 4.
 template <int K>
 constexpr int kTapPitch = (K + 3) / 4 * 4;
-template <int K>
+
+// Planes are copied to shared memory 16 bytes at a time where they can be. So that the cells of a
+// tile with as much padding as is usual, K / 2, begin with such a vector, lines there have so many
+// cells in front of the first that is read.
+template <class T>
+constexpr int kCopyCells = 16 / int(sizeof(T));
+template <int K, class T>
+constexpr int kLead = kCopyCells<T> - K / 2;
+
+template <int K, class T>
 VOXCONV_HD constexpr int planes_pitch(int tile_w) {
-  return tile_w + (K - 1 + 3) / 4 * 4;
+  return (kLead<K, T> + tile_w + K - 1 + kCopyCells<T> - 1) / kCopyCells<T> * kCopyCells<T>;
 }
 template <int K>
 VOXCONV_HD constexpr int planes_lines(int tile_h) {
   return tile_h + K - 1;
 }
 
-// Sums of shared memory that a channel of a block needs: taps, and two planes.
-template <int K>
+// Bytes of shared memory that a channel of a block needs: taps, and two planes.
+template <int K, class T>
 VOXCONV_HD constexpr int planes_shared(int tile_h, int tile_w) {
-  return K * K * kTapPitch<K> + 2 * planes_lines<K>(tile_h) * planes_pitch<K>(tile_w);
+  return K * K * kTapPitch<K> * int(sizeof(Sum<T>)) +
+         2 * planes_lines<K>(tile_h) * planes_pitch<K, T>(tile_w) * int(sizeof(T));
 }
 
-// Copies plane `plane` of the source into `to`, with what lies around the tile that begins at
-// destination (h, w). The threads of a channel share it out.
+// A thread's share of a plane and what lies around the tile that begins at destination (h, w), in
+// runs of `cells` cells that it copies to shared memory.
 template <int K, class T>
-__device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, Sum<T>* to) {
-  const int lines = planes_lines<K>(a.tile_h), pitch = planes_pitch<K>(a.tile_w);
-  const int threads = static_cast<int>(blockDim.x * blockDim.y);
-  const int first_h = h - a.before[1], first_w = w - a.before[2];
-  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < lines * pitch;
-       i += threads) {
-    const int line = first_h + i / pitch, column = first_w + i % pitch;
-    const bool exists = line >= 0 && line < a.source[1] && column >= 0 && column < a.source[2];
-    copy_async(to + i, plane + (exists ? line * int64_t(a.source[2]) + column : 0), exists);
+class Runs {
+ public:
+  __device__ Runs(const PlanesShape& a, int h, int w, int cells)
+      : a_(a),
+        h_(h - a.before[1]),
+        w_(w - a.before[2] - kLead<K, T>),
+        pitch_(planes_pitch<K, T>(a.tile_w)) {
+    const int threads = static_cast<int>(blockDim.x * blockDim.y), runs = pitch_ / cells;
+    const int mine = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+    line_ = mine / runs, cell_ = mine % runs * cells;
+    more_lines_ = threads / runs, more_cells_ = threads % runs * cells;
+  }
+  __device__ bool more() const { return line_ < planes_lines<K>(a_.tile_h); }
+  __device__ void advance() {  // without a division
+    line_ += more_lines_, cell_ += more_cells_;
+    if (cell_ >= pitch_) cell_ -= pitch_, ++line_;
+  }
+  __device__ int place() const { return line_ * pitch_ + cell_; }
+  // Its cell in the plane, or -1 where there are zeros.
+  __device__ int source() const {
+    const int h = h_ + line_, w = w_ + cell_;
+    const bool exists = h >= 0 && h < a_.source[1] && w >= 0 && w < a_.source[2];
+    return exists ? h * a_.source[2] + w : -1;
+  }
+
+ private:
+  const PlanesShape& a_;
+  int h_, w_, pitch_, line_, cell_, more_lines_, more_cells_;
+};
+
+template <int K, int Bytes, class T>
+__device__ void copy_runs(const PlanesShape& a, const T* plane, int h, int w, T* to) {
+  for (Runs<K, T> run(a, h, w, Bytes / int(sizeof(T))); run.more(); run.advance()) {
+    const int from = run.source();
+    copy_later<Bytes>(to + run.place(), plane + (from < 0 ? 0 : from), from >= 0);
+  }
+}
+
+// Copies plane `plane` of the source into `to`. Single halves cannot be copied later: they are
+// copied here, a few at a time, so that their loads wait for memory together.
+template <int K, class T>
+__device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, T* to) {
+  switch (a.copy_bytes) {
+    case 16: return copy_runs<K, 16>(a, plane, h, w, to);
+    case 8: return copy_runs<K, 8>(a, plane, h, w, to);
+    case 4: return copy_runs<K, 4>(a, plane, h, w, to);
+    default: break;
+  }
+  constexpr int kTogether = 8;
+  for (Runs<K, T> run(a, h, w, 1); run.more();) {
+    T cells[kTogether];
+    int places[kTogether];
+    VOXCONV_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      places[i] = run.more() ? run.place() : -1;
+      const int from = run.more() ? run.source() : -1;
+      narrow(cells[i], 0);
+      if (from >= 0) cells[i] = plane[from];
+      run.advance();
+    }
+    VOXCONV_UNROLL
+    for (int i = 0; i < kTogether; ++i)
+      if (places[i] >= 0) to[places[i]] = cells[i];
   }
 }
 
 // What a plane of the source in shared memory adds to the sums of a thread: sum[kd] is of the plane
 // that reads it with tap kd.
-template <int K, class S>
-__device__ void add_plane(const S* cells, int pitch, const S* taps,
-                          S (&sum)[K][kLines<K>][kColumns]) {
-  constexpr int kCells = (kColumns + K - 1 + 3) / 4 * 4;
+template <int K, class T>
+__device__ void add_plane(const T* cells, int pitch, const Sum<T>* taps,
+                          Sum<T> (&sum)[K][kLines<K>][kColumns]) {
+  using S = Sum<T>;
+  // The first cell that is read, from the vector on that holds it.
+  constexpr int kFirst = kLead<K, T> % 4, kVectors = (kFirst + kColumns + K - 1 + 3) / 4;
+  constexpr int kTapVectors = kTapPitch<K> / 4;
   VOXCONV_UNROLL
   for (int line = 0; line < kLines<K> + K - 1; ++line) {
-    S x[kCells];
+    S x[kVectors][4];
     VOXCONV_UNROLL
-    for (int i = 0; i < kCells; i += 4) load_four(cells + line * pitch + i, x + i);
+    for (int i = 0; i < kVectors; ++i) load_four(cells + line * pitch + 4 * i, x[i]);
     VOXCONV_UNROLL
     for (int kh = 0; kh < K; ++kh) {
       const int h = line - kh;
       if (h < 0 || h >= kLines<K>) continue;
       VOXCONV_UNROLL
       for (int kd = 0; kd < K; ++kd) {
-        S tap[kTapPitch<K>];
+        S tap[kTapVectors][4];
         VOXCONV_UNROLL
-        for (int i = 0; i < kTapPitch<K>; i += 4)
-          load_four(taps + (kd * K + kh) * kTapPitch<K> + i, tap + i);
+        for (int i = 0; i < kTapVectors; ++i)
+          load_four(taps + (kd * K + kh) * kTapPitch<K> + 4 * i, tap[i]);
         VOXCONV_UNROLL
         for (int kw = 0; kw < K; ++kw) {
           VOXCONV_UNROLL
-          for (int w = 0; w < kColumns; ++w) sum[kd][h][w] += x[w + kw] * tap[kw];
+          for (int w = 0; w < kColumns; ++w) {
+            const int cell = kFirst + w + kw;
+            sum[kd][h][w] += x[cell / 4][cell % 4] * tap[kw / 4][kw % 4];
+          }
         }
       }
     }
@@ -120,16 +191,17 @@ __global__ void __launch_bounds__(kPlanesThreads)
   const T* from = source + at / a.multiplier * (a.source[0] * source_plane);
   T* to = target + at * (a.target[0] * target_plane);
 
-  S* taps = shared_memory<S>() + threadIdx.z * planes_shared<K>(a.tile_h, a.tile_w);
-  S* planes = taps + K * K * kTapPitch<K>;
-  const int pitch = planes_pitch<K>(a.tile_w), plane_size = planes_lines<K>(a.tile_h) * pitch;
+  auto* own = shared_memory<char>() + threadIdx.z * planes_shared<K, T>(a.tile_h, a.tile_w);
+  S* taps = reinterpret_cast<S*>(own);
+  T* planes = reinterpret_cast<T*>(taps + K * K * kTapPitch<K>);
+  const int pitch = planes_pitch<K, T>(a.tile_w), plane_size = planes_lines<K>(a.tile_h) * pitch;
   const int threads = static_cast<int>(blockDim.x * blockDim.y);
   for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < K * K * kTapPitch<K>;
        i += threads) {
     const int tap = i / kTapPitch<K> * K + i % kTapPitch<K>;
     const bool padding = i % kTapPitch<K> >= K;
-    const T* own = weight + channel * int64_t(K * K * K);
-    taps[i] = padding ? S(0) : widen(own[a.turned ? K * K * K - 1 - tap : tap]);
+    const T* filter = weight + channel * int64_t(K * K * K);
+    taps[i] = padding ? S(0) : widen(filter[a.turned ? K * K * K - 1 - tap : tap]);
   }
 
   const S start = bias ? widen(bias[channel]) : S(0);
@@ -140,6 +212,8 @@ __global__ void __launch_bounds__(kPlanesThreads)
     for (int i = 0; i < kThreadCells; ++i) sum[kd][i / kColumns][i % kColumns] = start;
   }
 
+  const int first_cell = static_cast<int>(threadIdx.y) * kLines<K> * pitch +
+                         static_cast<int>(threadIdx.x) * kColumns + kLead<K, T> / 4 * 4;
   const int steps = last - first + K - 1;
   const auto copy = [&](int step) {
     const int plane = first - a.before[0] + step;
@@ -154,9 +228,7 @@ __global__ void __launch_bounds__(kPlanesThreads)
     copy(step + 1);
     const int plane = first - a.before[0] + step;
     if (plane >= 0 && plane < a.source[0])
-      add_plane<K>(
-          planes + step % 2 * plane_size + threadIdx.y * kLines<K> * pitch + threadIdx.x * kColumns,
-          pitch, taps, sum);
+      add_plane<K>(planes + step % 2 * plane_size + first_cell, pitch, taps, sum);
     // The plane that reads this one with its last tap has all it needs.
     const int d = first + step - (K - 1);
     if (d >= first && exists) {
@@ -198,7 +270,7 @@ inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backw
     if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
         axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
       return false;
-  return true;
+  return axis[1].in * axis[2].in <= INT32_MAX && axis[1].out * axis[2].out <= INT32_MAX;
 }
 
 template <int K, class T, class Launch>
@@ -226,7 +298,7 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   const int high = along(a.target[1], kLines<K>, free < kPlanesColumn ? free : kPlanesColumn);
   a.tile_w = wide * kColumns;
   a.tile_h = high * kLines<K>;
-  const int shared = planes_shared<K>(a.tile_h, a.tile_w) * static_cast<int>(sizeof(Sum<T>));
+  const int shared = planes_shared<K, T>(a.tile_h, a.tile_w);
   const int by_threads = free / high, by_shared = kPlanesShared / shared;
   const int most = by_threads < by_shared ? by_threads : by_shared;
   const int deep = static_cast<int>(most < a.targets ? most : a.targets);
@@ -236,6 +308,14 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   const int64_t slab = ceil_div(a.target[0], wanted);
   a.slab = static_cast<int>(slab > kLeastSlab * K ? slab : kLeastSlab * K);
   a.slabs = static_cast<int>(ceil_div(a.target[0], a.slab));
+  // Copies are as wide as lines, and where tiles begin in them, are aligned.
+  a.copy_bytes = 16;
+  const auto aligned = [&](int bytes) {
+    const int64_t cells = bytes / int(sizeof(T));
+    return a.source[2] % cells == 0 && (a.before[2] - K / 2) % cells == 0 &&
+           reinterpret_cast<uintptr_t>(source) % bytes == 0;
+  };
+  while (a.copy_bytes > int(sizeof(T)) && !aligned(a.copy_bytes)) a.copy_bytes /= 2;
   launch(depthwise_planes<T, K>, static_cast<unsigned>(tiles * a.slabs * rows),
          dim3(wide, high, deep), deep * shared, a, source, weight, bias, target);
 }

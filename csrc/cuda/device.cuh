@@ -54,22 +54,45 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(voxconv_shared_memory);
 }
 
-// Copies an element to shared memory while the thread goes on, or a zero.
-template <class T>
-__device__ inline void copy_later(T* to, const T* from, bool exists) {
+// Copies 4, 8 or 16 aligned bytes to shared memory while the thread goes on, or zeros.
+template <int Bytes>
+__device__ inline void copy_later(void* to, const void* from, bool exists) {
   const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const unsigned bytes = exists ? sizeof(T) : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(from),
-               "n"(sizeof(T)), "r"(bytes)
-               : "memory");
+  const unsigned bytes = exists ? Bytes : 0;
+  if constexpr (Bytes == 16)  // past the first cache, which has nothing to do with them
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(from),
+                 "n"(Bytes), "r"(bytes)
+                 : "memory");
 }
-// Loads four neighbours from shared memory here and now: the compiler neither loads them earlier
-// nor keeps them for the next time that they are asked for, which would take all registers.
-__device__ inline void load_four(const float* from, float* to) {
+// Loads four aligned neighbours from shared memory here and now: the compiler neither loads them
+// earlier nor keeps them for the next time that they are asked for, which would take all registers.
+__device__ inline void load_four(const float* from, float (&to)[4]) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
                : "memory");
+}
+__device__ inline void load_two_words(const void* from, unsigned& low, unsigned& high) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(low), "=r"(high)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
+               : "memory");
+}
+__device__ inline void load_four(const Bf16* from, float (&to)[4]) {
+  unsigned low, high;
+  load_two_words(from, low, high);
+  to[0] = __uint_as_float(low << 16), to[1] = __uint_as_float(low & 0xffff0000u);
+  to[2] = __uint_as_float(high << 16), to[3] = __uint_as_float(high & 0xffff0000u);
+}
+__device__ inline void load_four(const F16* from, float (&to)[4]) {
+  unsigned words[2];
+  load_two_words(from, words[0], words[1]);
+  const auto* halves = reinterpret_cast<const F16*>(words);
+  VOXCONV_UNROLL
+  for (int i = 0; i < 4; ++i) to[i] = widen(halves[i]);
 }
 
 // The copies of the thread since the last call are a group; waits for all but the last N groups.
@@ -90,12 +113,15 @@ template <class T>
 T* shared_memory() {
   return static_cast<T*>(cuda_on_cpu::shared_memory());
 }
-template <class T>
-void copy_later(T* to, const T* from, bool exists) {
-  static const T zero = 0;
-  cuda_on_cpu::copy_later(to, exists ? from : &zero, sizeof(T));
+template <int Bytes>
+void copy_later(void* to, const void* from, bool exists) {
+  static constexpr char kZeros[Bytes] = {};
+  cuda_on_cpu::copy_later(to, exists ? from : kZeros, Bytes);
 }
-inline void load_four(const float* from, float* to) { std::memcpy(to, from, 16); }
+template <class T>
+void load_four(const T* from, Sum<T> (&to)[4]) {
+  for (int i = 0; i < 4; ++i) to[i] = widen(from[i]);
+}
 inline void commit_copies() { cuda_on_cpu::commit_copies(); }
 template <int N>
 void wait_for_copies() {
@@ -118,15 +144,6 @@ __device__ __forceinline__ S activate(S x, int activation) {
     case kSilu: return x / (S(1) + exponential(-x));
     default: return x;
   }
-}
-
-// The same where elements may have to be widened; those are copied at once.
-template <class T>
-__device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
-  if constexpr (std::is_same_v<T, Sum<T>>)
-    copy_later(to, from, exists);
-  else
-    *to = exists ? widen(*from) : Sum<T>(0);
 }
 
 // Four neighbours, at an address that is a multiple of all four or of 16 bytes.

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from . import nn, reference
 from ._dispatch import use_backend
 from .convert import convert, revert
-from .functional import conv3d, conv_transpose3d, depthwise_conv3d, explain
+from .explain import explain
+from .functional import conv3d, conv_transpose3d, depthwise_conv3d
 from .memory import empty_cache
 
 try:

@@ -57,7 +57,9 @@ def _compiled() -> str:
     if reason is not None:
         return f"not in use, everything runs through torch: {reason}"
     spec = importlib.util.find_spec("voxconv._C")
-    return f"loaded, {Path(spec.origin).name if spec and spec.origin else 'voxconv._C'}"
+    name = Path(spec.origin).name if spec and spec.origin else "voxconv._C"
+    cuda = _ops.cuda_build()
+    return f"loaded, {name}, {f'CUDA for sm {cuda}' if cuda else 'built without CUDA'}"
 
 
 def _cpuinfo(key: str) -> str | None:

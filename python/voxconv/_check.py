@@ -13,7 +13,7 @@ from ._dispatch import Choice, Problem
 from ._geometry import Geometry, Sextuple, Triple, resolve, resolve_transposed
 from .autograd import Plan
 
-_DTYPES = (*_dispatch.CPU_DTYPES, torch.complex64, torch.complex128)
+_DTYPES = (*_dispatch.DTYPES, torch.complex64, torch.complex128)
 
 _ADDRESSABLE = 2**47  # bytes a process can have
 
@@ -82,12 +82,20 @@ def check(
         geometry=geometry,
         depthwise=groups == channels,
         transposed=transposed,
-        missing=_ops.missing_reason(),
+        missing=_ops.missing(devices[0]),
     )
     passes = [_dispatch.choose(problem._replace(op=op), forced) for op in _dispatch.PASSES]
     plan = None
     if all(choice.backend != "torch" for choice in passes):
-        plan = Plan(*(choice.kernel for choice in passes))
+        gpu = passes[0].backend != "cpu"
+        forward, grad_input, grad_weight = (choice.kernel for choice in passes)
+        plan = Plan(
+            forward,
+            grad_input,
+            grad_weight,
+            channel_sum="triton" if passes[0].backend == "triton" else "direct",
+            activates=gpu and passes[0].kernel != "fft",
+        )
     if transposed:  # its result is the input gradient of the geometry, and the reverse
         passes[:2] = passes[1], passes[0]
     return Call(geometry, plan, Passes(*passes), groups, out_shape, output_padding)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import threading
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from ._geometry import PADDING_MODES, Geometry
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # where a backend's kernels run
 PASSES = ("forward", "grad_input", "grad_weight")
 
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Measured costs, in multiply-adds of the direct kernel: of one cell of one FFT, by the cells of the
 # volume (up to that many: the smallest have short lines, larger ones leave one cache after the
@@ -28,6 +30,12 @@ FFT_CELL_COST = (
     else ((2_000, 30), (16_000, 20), (64_000, 25), (250_000, 32), (math.inf, 50))
 )
 FFT_CALL_COST = 500_000
+# The same on a GPU, reckoned and not yet measured: an FFT reads and writes a cell some eight times,
+# which takes as long as 900 multiply-adds of a kernel at half the GPU's rate; a call starts some 40
+# kernels.
+CUDA_FFT_CELL_COST = 900
+CUDA_FFT_CALL_COST = 1_500_000_000
+CUDA_FFT_MIN_TAPS = 13**3
 FFT_MIN_TAPS = 7**3
 VECTOR_BYTES = 64
 
@@ -36,7 +44,7 @@ class Problem(NamedTuple):
     """One pass of one convolution: x [N,C,D,H,W], weight [C*m,1,kD,kH,kW].
 
     Of a transposed one, these are of the convolution that it transposes, after its input has been
-    repeated for the multiplier. `missing` tells why there is no compiled part.
+    repeated for the multiplier. `missing` tells, by backend, why it is not there.
     """
 
     op: str
@@ -47,7 +55,7 @@ class Problem(NamedTuple):
     geometry: Geometry
     depthwise: bool = True
     transposed: bool = False
-    missing: str | None = None
+    missing: Mapping[str, str] = MappingProxyType({})
 
 
 class Choice(NamedTuple):
@@ -115,31 +123,31 @@ def choose(problem: Problem, forced: str | None = None) -> Choice:
     Raises:
         NotImplementedError: the forced backend cannot run it.
     """
-    if forced in ("cuda", "triton"):
-        raise NotImplementedError(
-            f"backend {forced!r} has no depthwise kernels yet: use 'cpu' or 'torch'"
-        )
     if forced == "torch":
         return Choice("torch", "conv3d", "asked for by use_backend")
-    refusal = _cpu_refusal(problem)
-    if forced == "cpu" and refusal is not None:
-        raise NotImplementedError(f"backend 'cpu' cannot run this convolution: {refusal}")
-    if forced is None:
-        refusal = refusal or _better_by_torch(problem)
-    return _cpu_kernel(problem) if refusal is None else Choice("torch", "conv3d", refusal)
+    refusals = {name: _refusal(problem, name) for name in DEVICES}
+    if forced is not None and refusals[forced] is not None:
+        raise NotImplementedError(
+            f"backend {forced!r} cannot run this convolution: {refusals[forced]}"
+        )
+    if forced is None and (better := _better_by_torch(problem)):
+        return Choice("torch", "conv3d", better)
+    for name in DEVICES:
+        if forced in (None, name) and refusals[name] is None:
+            return _KERNELS[name](problem)
+    near = [name for name, device in DEVICES.items() if device == problem.device] or ["cpu"]
+    return Choice("torch", "conv3d", "; ".join(dict.fromkeys(str(refusals[n]) for n in near)))
 
 
-def _cpu_refusal(problem: Problem) -> str | None:
-    """Why the compiled kernels cannot run a problem."""
+def _refusal(problem: Problem, backend: str) -> str | None:
+    """Why a backend cannot run a problem."""
     if not problem.depthwise:
         return "not depthwise: an output channel reads several input channels"
-    if problem.device != "cpu":
-        return f"the depthwise family has no kernels for device {problem.device!r} yet"
-    if problem.dtype not in CPU_DTYPES:
+    if problem.device != DEVICES[backend]:
+        return f"its kernels for {DEVICES[backend]!r} do not run on device {problem.device!r}"
+    if problem.dtype not in DTYPES:
         return f"no kernels for {problem.dtype}"
-    if problem.missing is not None:
-        return f"the compiled part is not in use: {problem.missing}"
-    return None
+    return problem.missing.get(backend)
 
 
 def _better_by_torch(problem: Problem) -> str | None:
@@ -163,6 +171,33 @@ def _cpu_kernel(problem: Problem) -> Choice:
     return Choice("cpu", "fft", "fewer operations than tap by tap")
 
 
+def _cuda_kernel(problem: Problem) -> Choice:
+    """Which of the compiled kernels and the FFT of torch runs a depthwise pass on a GPU."""
+    kernel, mode, dtype = problem.geometry.kernel, problem.geometry.mode, problem.dtype
+    if dtype not in (torch.float32, torch.float64):
+        return Choice("cuda", "direct", f"the FFT is for float32 and float64, not {dtype}")
+    if kernel[0] * kernel[1] * kernel[2] < CUDA_FFT_MIN_TAPS:
+        taps = f"{CUDA_FFT_MIN_TAPS} taps or more"
+        return Choice("cuda", "direct", f"the FFT is for {taps}, not {kernel}")
+    if mode:
+        return Choice("cuda", "direct", f"the FFT pads with zeros only, not {PADDING_MODES[mode]}")
+    if _direct_cost(problem) < _cuda_fft_cost(problem):
+        return Choice("cuda", "direct", "fewer operations than by FFT")
+    return Choice("cuda", "fft", "fewer operations than tap by tap")
+
+
+def _triton_kernel(problem: Problem) -> Choice:
+    reason = problem.missing.get("cuda", "asked for by use_backend")
+    return Choice("triton", "triton", reason)
+
+
+_KERNELS: dict[str, Callable[[Problem], Choice]] = {
+    "cpu": lambda problem: _cpu_kernel(problem),  # looked up late: tests replace it
+    "cuda": _cuda_kernel,
+    "triton": _triton_kernel,
+}
+
+
 def _direct_cost(problem: Problem) -> int:
     """Multiply-adds of the direct kernel: it leaves out planes of padding, but not cells of it."""
     kernel, stride, padding, dilation, _ = problem.geometry
@@ -183,15 +218,28 @@ def _direct_cost(problem: Problem) -> int:
     return cost
 
 
+def _padded_volume(problem: Problem) -> int:
+    """Cells of a volume with so much padding that taps which leave it at one end meet zeros."""
+    volume = 1
+    for axis, n in enumerate(problem.x_shape[2:]):
+        before, after = problem.geometry.padding[2 * axis : 2 * axis + 2]
+        volume *= n + torch.sym_max(before, after)
+    return volume
+
+
 def _fft_cost(problem: Problem) -> int:
     """The FFTs of input, kernel and output, one for each channel."""
-    batch, channels, *size = problem.x_shape
+    batch, channels = problem.x_shape[:2]
     filters = problem.weight_shape[0]
     lanes = VECTOR_BYTES // (8 if problem.dtype == torch.float64 else 4)
-    volume = 1
-    for axis in range(3):
-        before, after = problem.geometry.padding[2 * axis : 2 * axis + 2]
-        volume *= size[axis] + torch.sym_max(before, after)
+    volume = _padded_volume(problem)
     cell_cost = next(cost for cells, cost in FFT_CELL_COST if volume <= cells)
     volumes = sum(-(-n // lanes) * lanes for n in (batch * channels, filters, batch * filters))
     return volumes * volume * cell_cost + FFT_CALL_COST
+
+
+def _cuda_fft_cost(problem: Problem) -> int:
+    batch, channels = problem.x_shape[:2]
+    filters = problem.weight_shape[0]
+    cells = (batch * channels + filters + batch * filters) * _padded_volume(problem)
+    return cells * CUDA_FFT_CELL_COST + CUDA_FFT_CALL_COST

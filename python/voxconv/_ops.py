@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops: schemas, shape functions, and the compiled part that holds their CPU kernels.
+"""The ops: schemas, shape functions, and where their kernels come from.
 
 `torch.ops.voxconv.*` are raw: they have no gradients (`voxconv.autograd` gives them) and take
 canonical arguments only, 5-D tensors and the fields of a `Geometry`. With x [N, C, D, H, W],
 weight [C*m, 1, kD, kH, kW] and grad [N, C*m, oD, oH, oW]:
 
-    depthwise_forward      x, weight, bias [C*m]                           -> [N, C*m, oD, oH, oW]
+    depthwise_forward      x, weight, bias [C*m], activation               -> [N, C*m, oD, oH, oW]
     depthwise_grad_input   grad, weight [C, m, kD, kH, kW], size, bias [C] -> [N, C, *size]
     depthwise_grad_weight  grad, x, kernel                                 -> [C*m, 1, *kernel]
     channel_sum            grad                                            -> [C*m]
 
-Results follow the layout of the first tensor (channels_last_3d or contiguous). `..._fft` are the
-same passes by FFT, zeros padding only.
+Results follow the layout of the first tensor (channels_last_3d or contiguous). Kernels for the CPU
+and for CUDA are in the compiled part. `..._fft` are the same passes by FFT, zeros padding only: on
+the CPU compiled, on a GPU by torch.fft. `..._triton` are those of `voxconv.triton_kernels`.
 """
 
 from __future__ import annotations
@@ -19,25 +20,31 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _fft, _triton
 from ._geometry import Geometry, Sextuple, Triple
 from ._layout import empty_in_layout_of
 from ._settings import warn_of_unknown
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int padding_mode"
-_FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor"
+_FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int activation=0) -> Tensor"
 _GRAD_INPUT = (
     f"(Tensor grad, Tensor weight, SymInt[] size, {_GEOMETRY}, Tensor? bias=None) -> Tensor"
 )
 _GRAD_WEIGHT = f"(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor"
 
 _PASSES = ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight")
-_COMPILED = (*_PASSES, *(f"{name}_fft" for name in _PASSES), "channel_sum")
+_COMPILED = {
+    "CPU": (*_PASSES, *(f"{name}_fft" for name in _PASSES), "channel_sum"),
+    "CUDA": (*_PASSES, "channel_sum"),
+}
+_LEAST_CAPABILITY = (8, 0)
 
 _library = torch.library.Library("voxconv", "FRAGMENT")
 
@@ -50,6 +57,7 @@ def _fake_forward(
     padding: Sextuple,
     dilation: Triple,
     padding_mode: int,
+    activation: int = 0,
 ) -> Tensor:
     batch, _, d, h, w = x.shape
     filters, _, kd, kh, kw = weight.shape
@@ -74,15 +82,24 @@ def _define(name: str, arguments: str, fake: Callable[..., Tensor]) -> None:
     torch.library.register_fake(f"voxconv::{name}", fake, lib=_library)
 
 
-for _kind in ("", "_fft"):
+for _kind in ("", "_fft", "_triton"):
     _define(f"depthwise_forward{_kind}", _FORWARD, _fake_forward)
     _define(f"depthwise_grad_input{_kind}", _GRAD_INPUT, _fake_grad_input)
     _define(f"depthwise_grad_weight{_kind}", _GRAD_WEIGHT, _fake_grad_weight)
-_define("channel_sum", "(Tensor grad) -> Tensor", _fake_channel_sum)
+for _kind in ("", "_triton"):
+    _define(f"channel_sum{_kind}", "(Tensor grad) -> Tensor", _fake_channel_sum)
 
 
-def _has_kernel(name: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"voxconv::{name}", "CPU")
+for _name in (*_PASSES, "channel_sum"):
+    for _key in ("CUDA", "CPU") if _triton.interpreted() else ("CUDA",):
+        _library.impl(f"{_name}_triton", _triton.launcher(_name), _key)
+for _name in _PASSES:
+    _library.impl(f"{_name}_fft", getattr(_fft, _name), "CUDA")
+
+
+def _without_kernel(key: str) -> list[str]:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in _COMPILED[key] if not has(f"voxconv::{name}", key)]
 
 
 def _load() -> str | None:
@@ -95,7 +112,7 @@ def _load() -> str | None:
     except Exception as error:  # whatever is wrong with it, the package works without
         reason = f"voxconv._C does not load: {error}"
     else:
-        missing = [name for name in _COMPILED if not _has_kernel(name)]
+        missing = _without_kernel("CPU")
         if not missing:
             return None
         reason = f"voxconv._C has no CPU kernel for {', '.join(missing)}"
@@ -119,3 +136,63 @@ def empty_cache() -> None:
 def missing_reason() -> str | None:
     """Why the compiled part is not in use; None when it is."""
     return _missing
+
+
+@cache
+def cuda_build() -> str | None:
+    """What the CUDA kernels were compiled for and by, "80;90a;100+PTX nvcc 13.0", if they were."""
+    if _missing is not None or _without_kernel("CUDA"):
+        return None
+    return importlib.import_module("voxconv._C").cuda_build()  # type: ignore[no-any-return]
+
+
+def missing(device: torch.device) -> Mapping[str, str]:
+    """Why backends cannot run on a device, by backend; those that can are left out."""
+    if device.type == "cpu":
+        reasons = {"cpu": _missing and f"the compiled part is not in use: {_missing}"}
+        if not _triton.interpreted():
+            reasons["triton"] = "it runs on GPUs"
+    elif device.type == "cuda":
+        reasons = _missing_on_gpu(*_capability(device.index))
+    else:
+        reasons = {}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    if torch.version.hip or not torch.cuda.is_available():  # the latter of fake tensors
+        return _LEAST_CAPABILITY
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _missing_on_gpu(major: int, minor: int) -> dict[str, str | None]:
+    name = f"sm_{major}{minor}"
+    built = (cuda_build() or "").partition(" ")[0].split(";")
+    cuda = None
+    if torch.version.hip:
+        cuda = "it is for NVIDIA GPUs, and this torch for AMD's"
+    elif _missing is not None:
+        cuda = f"the compiled part is not in use: {_missing}"
+    elif built == [""]:
+        cuda = (
+            "the compiled part was built without CUDA: build it where nvcc is, with VOXCONV_CUDA=1"
+        )
+    elif (major, minor) < _LEAST_CAPABILITY:
+        cuda = f"it needs a GPU of sm_80 or later, and this one is {name}"
+    elif not any(_runs(architecture, major, minor) for architecture in built):
+        cuda = (
+            f"the compiled part was built for sm {', '.join(built)}, and this GPU is {name}: build "
+            f"it with VOXCONV_CUDA_ARCH={major}{minor}"
+        )
+    return {"cuda": cuda, "triton": _triton.missing_reason()}
+
+
+def _runs(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture runs on a GPU of a capability."""
+    number, _, kept = architecture.partition("+")
+    code = divmod(int(number.rstrip("a")), 10)
+    if number.endswith("a"):
+        return code == (major, minor)
+    return code <= (major, minor) and (code[0] == major or kept == "PTX")

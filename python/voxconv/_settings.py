@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import warnings
 
+CUDA_WAYS = ("any", "planes")  # kernel families of csrc/cuda/launch.cuh
 CPU_LEVELS = ("x86-64-v4", "x86-64-v3", "baseline")  # from the most a processor can do to the least
 
 # What each may be, as a test and in words.
 _KNOWN = {
     "VOXCONV_CPU_LEVEL": (CPU_LEVELS.__contains__, f"one of {', '.join(CPU_LEVELS)}"),
     "VOXCONV_CPU_WAY": (("flat", "rows", "channels").__contains__, "one of flat, rows, channels"),
+    "VOXCONV_CUDA_WAY": (CUDA_WAYS.__contains__, f"one of {', '.join(CUDA_WAYS)}"),
     "VOXCONV_CACHE_MIB": (str.isdecimal, "a whole number of MiB"),
 }
 

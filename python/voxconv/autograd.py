@@ -20,35 +20,54 @@ from ._geometry import Geometry, Triple
 
 
 class Plan(NamedTuple):
-    """The kernel, "direct" or "fft", of each pass."""
+    """The kernel of each pass: "direct", "fft" or "triton"; and whether that of the forward pass
+    has activations of its own."""
 
     forward: str
     grad_input: str
     grad_weight: str
+    channel_sum: str
+    activates: bool = False
 
 
 _Op = Callable[..., Tensor]
+_ops_of = torch.ops.voxconv
 _FORWARD: dict[str, _Op] = {
-    "direct": torch.ops.voxconv.depthwise_forward.default,
-    "fft": torch.ops.voxconv.depthwise_forward_fft.default,
+    "direct": _ops_of.depthwise_forward.default,
+    "fft": _ops_of.depthwise_forward_fft.default,
+    "triton": _ops_of.depthwise_forward_triton.default,
 }
 _GRAD_INPUT: dict[str, _Op] = {
-    "direct": torch.ops.voxconv.depthwise_grad_input.default,
-    "fft": torch.ops.voxconv.depthwise_grad_input_fft.default,
+    "direct": _ops_of.depthwise_grad_input.default,
+    "fft": _ops_of.depthwise_grad_input_fft.default,
+    "triton": _ops_of.depthwise_grad_input_triton.default,
 }
 _GRAD_WEIGHT: dict[str, _Op] = {
-    "direct": torch.ops.voxconv.depthwise_grad_weight.default,
-    "fft": torch.ops.voxconv.depthwise_grad_weight_fft.default,
+    "direct": _ops_of.depthwise_grad_weight.default,
+    "fft": _ops_of.depthwise_grad_weight_fft.default,
+    "triton": _ops_of.depthwise_grad_weight_triton.default,
 }
-_CHANNEL_SUM: _Op = torch.ops.voxconv.channel_sum.default
+_CHANNEL_SUM: dict[str, _Op] = {
+    "direct": _ops_of.channel_sum.default,
+    "triton": _ops_of.channel_sum_triton.default,
+}
 
 
 class DepthwiseForward(Function):
-    """x [N,C,D,H,W], weight [C*m,1,kD,kH,kW], bias [C*m] -> y [N,C*m,oD,oH,oW]."""
+    """x [N,C,D,H,W], weight [C*m,1,kD,kH,kW], bias [C*m] -> y [N,C*m,oD,oH,oW].
+
+    An `activation` other than 0 is for calls that nobody differentiates: it has no gradient here.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, plan: Plan
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        plan: Plan,
+        activation: int = 0,
     ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
@@ -57,7 +76,7 @@ class DepthwiseForward(Function):
         ctx.plan = plan
         _, stride, padding, dilation, mode = geometry
         run = _FORWARD[plan.forward]
-        return run(x, weight, bias, stride, padding, dilation, mode)
+        return run(x, weight, bias, stride, padding, dilation, mode, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,8 +91,8 @@ class DepthwiseForward(Function):
         if need_weight:
             grad_weight = depthwise_grad_weight(grad, x, geometry, plan)
         if need_bias:
-            grad_bias = channel_sum(grad)
-        return grad_x, grad_weight, grad_bias, None, None
+            grad_bias = channel_sum(grad, plan)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class DepthwiseGradInput(Function):
@@ -113,7 +132,7 @@ class DepthwiseGradInput(Function):
             grad_weight = depthwise_grad_weight(grad, up, geometry, plan)
             grad_weight = _split(grad_weight, up.shape[1])
         if len(needs) == 6 and needs[5]:
-            grad_bias = channel_sum(up)
+            grad_bias = channel_sum(up, plan)
         return grad_grad, grad_weight, None, None, None, grad_bias
 
 
@@ -148,13 +167,13 @@ class ChannelSum(Function):
     """The bias gradient: grad [N,C,D,H,W] -> [C]."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, plan: Plan) -> Tensor:
         ctx.shape = grad.shape
-        return _CHANNEL_SUM(grad)
+        return _CHANNEL_SUM[plan.channel_sum](grad)
 
     @staticmethod
-    def backward(ctx: Any, up: Tensor) -> Tensor:
-        return up.view(-1, 1, 1, 1).expand(ctx.shape)
+    def backward(ctx: Any, up: Tensor) -> tuple[Tensor, None]:
+        return up.view(-1, 1, 1, 1).expand(ctx.shape), None
 
 
 def _split(weight: Tensor, channels: int) -> Tensor:
@@ -178,7 +197,7 @@ def _tracked(function: type[Function]) -> _Op:
     autograd take longer than a small layer."""
 
     def call(*args: Any) -> Tensor:
-        if _watched(args):
+        if watched(args):
             return function.apply(*args)  # type: ignore[no-any-return]
         return function.forward(_Untracked(), *args)  # type: ignore[no-any-return]
 
@@ -186,7 +205,8 @@ def _tracked(function: type[Function]) -> _Op:
     return call
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
+def watched(args: tuple[Any, ...]) -> bool:
+    """Whether somebody may ask for a derivative with respect to one of the arguments."""
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():

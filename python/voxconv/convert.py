@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from . import nn
 from ._dispatch import is_depthwise, use_backend
 from ._geometry import paddings, pairs, span, triple
-from .functional import explain
+from .explain import explain
 
 _SWAPS: dict[type[Module], type[Module]] = {
     torch.nn.Conv3d: nn.Conv3d,
@@ -151,7 +151,8 @@ def revert(model: Module, *, dry_run: bool = False) -> ConvertReport:
     """Swap the layers of `voxconv.nn`, in place, for torch's: the model no longer needs voxconv.
 
     This undoes `convert`, and takes back layers that were voxconv's from the start as well. Layers
-    with arguments that torch has not (pairs of padding, "same" with a stride) are left.
+    with arguments that torch has not (pairs of padding, "same" with a stride, an activation) are
+    left.
 
     Equivalent to: `module.__class__ = torch.nn.Conv3d` for each `voxconv.nn.Conv3d` or
     `DepthwiseConv3d`, and likewise for `ConvTranspose3d`.
@@ -176,6 +177,8 @@ def revert(model: Module, *, dry_run: bool = False) -> ConvertReport:
             layer.padding, triple(layer.stride, "stride")
         ):
             refusal = "torch has no such padding"
+        if not refusal and getattr(layer, "activation", None) is not None:
+            refusal = "torch's layer has no activation"
         return (None, refusal) if refusal else (_REVERTS[kind], "torch")
 
     return _walk("revert", model, decide, dry_run)

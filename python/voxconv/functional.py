@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _dispatch
-from ._check import Call, Passes, check
+from ._activation import activate, activation_index
+from ._check import Call, check
 from ._geometry import (
     PADDING_MODES,
     IntOrTriple,
@@ -25,7 +24,7 @@ from ._geometry import (
     triple,
 )
 from ._layout import is_channels_last
-from .autograd import depthwise_forward, depthwise_grad_input
+from .autograd import depthwise_forward, depthwise_grad_input, watched
 
 _ZERO = (0, 0, 0)
 _CACHED_CALLS = 4096
@@ -41,6 +40,8 @@ def conv3d(
     dilation: IntOrTriple = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """3-D convolution; depthwise ones run on our kernels, all others on torch.
 
@@ -58,6 +59,9 @@ def conv3d(
         dilation: cells of the input from tap to tap, int or (D, H, W).
         groups: blocks of channels that do not meet; C makes the convolution depthwise.
         padding_mode: "zeros", "replicate", "reflect" or "circular".
+        activation: what follows, as `torch.nn.functional.relu`, `leaky_relu`, `gelu` or `silu` (by
+            name, with their defaults); in the kernel itself on a GPU, where no gradient is asked
+            for.
 
     Returns:
         [N, O, oD, oH, oW] (or without N), in the layout of the input.
@@ -79,9 +83,12 @@ def conv3d(
             dilation=dilation,
             groups=groups,
             padding_mode=padding_mode,
+            activation=activation,
         )
     groups = integer(groups, "groups")
-    return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    return _convolve(
+        input, weight, bias, stride, padding, dilation, groups, padding_mode, activation
+    )
 
 
 def depthwise_conv3d(
@@ -92,6 +99,8 @@ def depthwise_conv3d(
     padding: PaddingLike = 0,
     dilation: IntOrTriple = 1,
     padding_mode: str = "zeros",
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     """Depthwise 3-D convolution: output channel c*m + j filters input channel c alone.
 
@@ -101,7 +110,7 @@ def depthwise_conv3d(
         input: [N, C, D, H, W] or [C, D, H, W], any strides, types as in `conv3d`.
         weight: [C*m, 1, kD, kH, kW], same dtype and device.
         bias: [C*m].
-        stride, padding, dilation, padding_mode: see `conv3d`.
+        stride, padding, dilation, padding_mode, activation: see `conv3d`.
 
     Returns:
         [N, C*m, oD, oH, oW] (or without N), in the layout of the input.
@@ -120,8 +129,9 @@ def depthwise_conv3d(
             padding=padding,
             dilation=dilation,
             padding_mode=padding_mode,
+            activation=activation,
         )
-    return _convolve(input, weight, bias, stride, padding, dilation, None, padding_mode)
+    return _convolve(input, weight, bias, stride, padding, dilation, None, padding_mode, activation)
 
 
 def conv_transpose3d(
@@ -167,9 +177,9 @@ def conv_transpose3d(
             groups=groups,
             dilation=dilation,
         )
-    input, weight, bias = _tensors(input, weight, bias)
+    input, weight, bias = tensors(input, weight, bias)
     groups = integer(groups, "groups")
-    call = _settle(
+    call = settle(
         True, input, weight, bias, stride, padding, dilation, groups, "zeros", output_padding
     )
     batched = input.dim() == 5
@@ -191,16 +201,21 @@ def _convolve(
     dilation: IntOrTriple,
     groups: int | None,
     padding_mode: str,
+    activation: str | None,
 ) -> Tensor:
-    x, weight, bias = _tensors(x, weight, bias)
-    call = _settle(False, x, weight, bias, stride, padding, dilation, groups, padding_mode, _ZERO)
+    then = activation_index(activation)
+    x, weight, bias = tensors(x, weight, bias)
+    call = settle(False, x, weight, bias, stride, padding, dilation, groups, padding_mode, _ZERO)
     batched = x.dim() == 5
     if not batched:
         x = x.unsqueeze(0)
     if call.plan is None:
         y = _torch_conv3d(x, weight, bias, call)
+    elif then and call.plan.activates and not watched((x, weight, bias)):
+        y, then = depthwise_forward(x, weight, bias, call.geometry, call.plan, then), 0
     else:
         y = depthwise_forward(x, weight, bias, call.geometry, call.plan)
+    y = activate(y, then) if then else y
     return y if batched else y.squeeze(0)
 
 
@@ -258,7 +273,7 @@ def _torch_conv_transpose3d(x: Tensor, weight: Tensor, bias: Tensor | None, call
     return y
 
 
-def _tensors(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def tensors(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check that the arguments are tensors, and cast them as autocast does for torch's conv3d."""
     if not (
         isinstance(x, Tensor)
@@ -283,7 +298,7 @@ def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.device.type == device else tensor
 
 
-def _settle(
+def settle(
     transposed: bool,
     x: Tensor,
     weight: Tensor,
@@ -324,104 +339,3 @@ def _settle(
             _calls.clear()
         _calls[key] = call
     return call
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a call would do; print it for a few lines of text.
-
-    Attributes:
-        backend: "cpu" or "torch": who computes the result.
-        kernel: the kernel there: "direct", "fft", or "conv3d" of torch.
-        reason: why this one.
-        output_shape: of the result.
-        flops: of the result alone: two for each tap of each output.
-        bytes: of the result alone: every tensor read or written once.
-        passes: the choices for the result, the gradient of the input and that of the weight, each
-            with `backend`, `kernel` and `reason`.
-    """
-
-    backend: str
-    kernel: str
-    reason: str
-    output_shape: tuple[int, ...]
-    flops: int
-    bytes: int
-    passes: Passes
-
-    def __str__(self) -> str:
-        lines = [
-            f"output {list(self.output_shape)}, {self.flops / 1e9:.3g} GFLOP, "
-            f"{self.bytes / 1e6:.3g} MB"
-        ]
-        for name, choice in zip(Passes._fields, self.passes, strict=True):
-            lines.append(f"{name:<12}{choice.backend}/{choice.kernel}: {choice.reason}")
-        return "\n".join(lines)
-
-
-def explain(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: IntOrTriple = 1,
-    padding: PaddingLike = 0,
-    dilation: IntOrTriple = 1,
-    groups: int | None = None,
-    padding_mode: str = "zeros",
-    *,
-    transposed: bool = False,
-    output_padding: IntOrTriple = 0,
-) -> Explanation:
-    """Tell which backend and kernel a call would use, why, and what it costs; runs nothing.
-
-    Args:
-        groups: as in `conv3d`; None takes what the shape of the weight says.
-        transposed: explain `conv_transpose3d` instead of `conv3d`.
-        All others: as in `conv3d` and `conv_transpose3d`.
-
-    Returns:
-        The `Explanation`.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: those of the call itself; ValueError for an
-            argument that the function to explain does not have.
-    """
-    input, weight, bias = _tensors(input, weight, bias)
-    if transposed and mode_index(padding_mode):
-        raise ValueError(f"conv_transpose3d has no padding_mode, got {padding_mode!r}")
-    if not transposed and triple(output_padding, "output_padding") != _ZERO:
-        raise ValueError(f"conv3d has no output_padding, got {output_padding!r}")
-    if groups is not None:
-        groups = integer(groups, "groups")
-    if groups is None and input.dim() in (4, 5) and weight.dim() == 5:
-        channels, per_group = input.shape[-4], weight.shape[1]
-        if transposed:
-            groups = channels if per_group == 1 else 1
-        elif per_group != 1:
-            groups = max(channels // max(per_group, 1), 1)
-    call = _settle(
-        transposed,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        padding_mode,
-        output_padding,
-    )
-    meetings = call.out_shape[0] * math.prod(input.shape[-3:] if transposed else call.out_shape[2:])
-    values = input.numel() + weight.numel() + math.prod(call.out_shape)
-    if bias is not None:
-        values += bias.numel()
-    first = call.passes.forward
-    return Explanation(
-        backend=first.backend,
-        kernel=first.kernel,
-        reason=first.reason,
-        output_shape=call.out_shape if input.dim() == 5 else call.out_shape[1:],
-        flops=2 * weight.numel() * meetings,
-        bytes=values * input.element_size(),
-        passes=call.passes,
-    )

@@ -40,7 +40,7 @@ __global__ void unwritten(const float* x, float* y, bool right) {
 }
 __global__ void not_waited_for(const float* x, float* y, bool right) {
   float* place = shared_memory<float>();
-  device::copy_later(place + threadIdx.x, x + threadIdx.x, true);
+  device::copy_later<4>(place + threadIdx.x, x + threadIdx.x, true);
   device::commit_copies();
   right ? device::wait_for_copies<0>() : device::wait_for_copies<1>();
   y[threadIdx.x] = place[threadIdx.x];

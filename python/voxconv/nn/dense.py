@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .._activation import activation_index
 from .._geometry import (
     IntOrTriple,
     PaddingLike,
@@ -82,11 +83,14 @@ class Conv3d(torch.nn.Conv3d):
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         device: where the parameters live.
         dtype: their type.
+        activation: "relu", "leaky_relu", "gelu" or "silu", what follows (see `voxconv.conv3d`).
 
     Raises:
         TypeError: a size that is not an integer.
         ValueError: a size out of range, an unknown word.
     """
+
+    activation: str | None = None  # of the layers that `convert` made, too
 
     def __init__(
         self,
@@ -101,7 +105,10 @@ class Conv3d(torch.nn.Conv3d):
         padding_mode: PaddingMode = "zeros",
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
     ) -> None:
+        activation_index(activation)
         kernel_size = _positive(kernel_size, "kernel_size")
         stride = _positive(stride, "stride")
         stored = _stored_padding(padding)
@@ -123,6 +130,12 @@ class Conv3d(torch.nn.Conv3d):
             self.padding = stored
             if stored != "same":
                 self._reversed_padding_repeated_twice = [n for pair in stored[::-1] for n in pair]
+        if activation is not None:
+            self.activation = activation
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.conv3d(
@@ -134,6 +147,7 @@ class Conv3d(torch.nn.Conv3d):
             self.dilation,
             self.groups,
             self.padding_mode,
+            activation=self.activation,
         )
 
 
@@ -286,6 +300,7 @@ class DepthwiseConv3d(Conv3d):
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         device: where the parameters live.
         dtype: their type.
+        activation: what follows, as in `Conv3d`.
 
     Raises:
         TypeError: a size that is not an integer.
@@ -304,6 +319,8 @@ class DepthwiseConv3d(Conv3d):
         padding_mode: PaddingMode = "zeros",
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
     ) -> None:
         channels = _count(channels, "channels", 1)
         multiplier = _count(multiplier, "multiplier", 1)
@@ -319,4 +336,5 @@ class DepthwiseConv3d(Conv3d):
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
+            activation=activation,
         )

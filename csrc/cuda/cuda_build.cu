@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda_build.h"
+
+#define VOXCONV_TEXT(x) #x
+#define VOXCONV_TEXT_OF(x) VOXCONV_TEXT(x)
+
+// setup.py tells VOXCONV_CUDA_ARCH to the files for CUDA alone: the others need not be compiled
+// again.
+const char* voxconv::cuda_build() {
+  return VOXCONV_CUDA_ARCH
+      " nvcc " VOXCONV_TEXT_OF(__CUDACC_VER_MAJOR__) "." VOXCONV_TEXT_OF(__CUDACC_VER_MINOR__);
+}
