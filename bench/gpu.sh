@@ -28,7 +28,7 @@ failed=()
 step() {  # name, seconds, command...
   local name=$1 limit=$2 started=$SECONDS
   shift 2
-  case " $STEPS " in *" ${name%%-*} "*) ;; *) return ;; esac
+  [[ " $STEPS " == *" ${name%%-*} "* ]] || return 0
   echo "== $name: $*"
   timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
   local status=$?
@@ -41,8 +41,7 @@ build() {
   "$PYTHON" setup.py -q build_ext --inplace &&
     ln -sfn "$PWD"/python/voxconv/_C.abi3.so build/gpu/site/voxconv/ && "$PYTHON" -m voxconv
 }
-bench() { "$PYTHON" bench/run.py --device cuda --seconds 0.1 "$@"; }
-export -f build bench
+export -f build
 export PYTHON
 
 step build 150 bash -c build
@@ -52,8 +51,7 @@ for tool in memcheck racecheck; do
     "$PYTHON" bench/gpu_smoke.py
 done
 step probe 30 "$PYTHON" bench/gpu_probe.py --json
-step bench-forward 90 bash -c 'bench --mode fwd --json'
-step bench-model 90 bash -c 'bench --mode full --dtype model --json bench/results/gpu-model.json'
+step bench 200 "$PYTHON" bench/gpu_bars.py --json
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]}"

@@ -37,6 +37,16 @@ _poison_malloc()
 os.environ["VOXCONV_CACHE_MIB"] = "0"  # results in memory that is used again would hold old results
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are not for machines without one."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
     """Seed before; threads, poison and default dtype as they were, after."""

@@ -13,10 +13,7 @@ from cases import CASES, LAYOUTS, Case, select
 from testing import DTYPES, all_passes, assert_case, bitwise_equal, dtype_id, ours
 from voxconv import _ops
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
-]
+pytestmark = pytest.mark.gpu
 BACKENDS = ("cuda", "triton")
 SMOKE = select("smoke")
 MODELS = [case for case in CASES if "model" in case.tags]
