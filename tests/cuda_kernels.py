@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
+from cases import CHANNELS_LAST, NCDHW, Case
 from testing import DTYPES, PASSES, bitwise_equal, on
 from voxconv import _ops, autograd
-from voxconv._geometry import Geometry
+from voxconv._geometry import PADDING_MODES, Geometry
 from voxconv._layout import is_channels_last
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
@@ -30,6 +32,17 @@ class Shape(ctypes.Structure):
         ("batch_channels_multiplier", ctypes.c_int64 * 3),
         ("axes", ctypes.c_int64 * 7 * 3),
         ("mode", ctypes.c_int),
+    ]
+
+
+class How(ctypes.Structure):
+    """How of cuda_on_cpu/depthwise.cpp."""
+
+    _fields_ = [
+        ("which", ctypes.c_int),
+        ("channels_last", ctypes.c_bool),
+        ("way", ctypes.c_int),
+        ("activation", ctypes.c_int),
     ]
 
 
@@ -50,7 +63,8 @@ def build(folder: Path) -> ctypes.CDLL:
     flags = ["-O1", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{HERE}"]
     subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.run_depthwise.restype = loaded.run_fault.restype = ctypes.c_char_p
+    for function in (loaded.run_depthwise, loaded.plan_depthwise, loaded.run_fault):
+        function.restype = ctypes.c_char_p
     return loaded
 
 
@@ -96,13 +110,11 @@ class Passes:
                 *(None if t is None else t.data_ptr() for t in tensors),
                 *(0 if t is None else t.numel() * t.element_size() for t in tensors),
             )
+            how = How(PASSES.index(which), last, self.way, activation)
             error = self.library.run_depthwise(
-                PASSES.index(which),
+                ctypes.byref(how),
                 DTYPES.index(source.dtype),
                 ctypes.byref(shape),
-                last,
-                self.way,
-                activation,
                 ctypes.byref(work),
                 falling,
             )
@@ -151,3 +163,36 @@ def cuda_kernels(library: ctypes.CDLL, way: str = "choose") -> Iterator[Passes]:
         mock.patch.dict(autograd._CHANNEL_SUM, direct=passes.channel_sum),
     ):
         yield passes
+
+
+class Launched(NamedTuple):
+    """A kernel as it would be launched."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+
+
+def plan(
+    library: ctypes.CDLL, case: Case, which: str, dtype: torch.dtype, layout: str = NCDHW
+) -> list[Launched]:
+    """The kernels that a pass of a row is made of, of the convolution that a transposed row turns
+    round."""
+    pads = tuple(side for pair in case.pads for side in pair)
+    x_size = case.out_size if case.transposed else case.size
+    x = (case.n, case.out_channels if case.transposed else case.channels, *x_size)
+    mode = PADDING_MODES.index(case.mode)
+    shape = _shape(x, case.out_channels, case.kernel, case.stride, pads, case.dilation, mode)
+    how = How(PASSES.index(which), layout == CHANNELS_LAST, WAYS.index("choose"), 0)
+    text = library.plan_depthwise(
+        ctypes.byref(how), DTYPES.index(dtype), ctypes.byref(shape)
+    ).decode()
+    names = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    launched = []
+    for line in names.stdout.splitlines():
+        name, *numbers = line.rsplit(" ", 7)
+        gx, gy, gz, bx, by, bz, shared = map(int, numbers)
+        name = re.sub(r"^void |voxconv::device::|voxconv::", "", name).partition("(")[0]
+        launched.append(Launched(name, (gx, gy, gz), (bx, by, bz), shared))
+    return launched

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels of the depthwise family on the CPU, for test_cuda_on_cpu.py: a pass on copies of
-// its tensors in guarded memory, where an access outside of them is an error.
+// The CUDA kernels of the depthwise family on the CPU, for cuda_kernels.py: a pass on copies of its
+// tensors in guarded memory, where an access outside of them is an error; or only how it would be
+// launched.
 #include "../../csrc/cuda/depthwise_launch.cuh"
+
+#include <dlfcn.h>
 
 #include <memory>
 #include <string>
@@ -45,45 +48,86 @@ class Launch {
   mutable std::vector<std::unique_ptr<Guarded>> scratch_;
 };
 
+// Writes down what would be launched, a line for each kernel: its symbol, grid, block and bytes of
+// shared memory.
+class Plan {
+ public:
+  template <class Kernel, class... Arguments>
+  void operator()(Kernel kernel, dim3 grid, dim3 block, size_t shared, Arguments...) const {
+    Dl_info found{};
+    dladdr(reinterpret_cast<const void*>(kernel), &found);
+    text_ += found.dli_sname ? found.dli_sname : "?";
+    for (const dim3& size : {grid, block})
+      for (unsigned n : {size.x, size.y, size.z}) text_ += " " + std::to_string(n);
+    text_ += " " + std::to_string(shared) + "\n";
+  }
+  void* scratch(size_t) const { return nullptr; }
+  const std::string& text() const { return text_; }
+
+ private:
+  mutable std::string text_;
+};
+
 enum PassNumber { kForward, kGradInput, kGradWeight, kChannelSum };
 
+// How a pass is to be run.
+struct How {
+  int pass;
+  bool channels_last;
+  device::Way way;
+  int activation;
+};
+
+template <class T, class Launch>
+void start(const Launch& launch, const How& how, const Conv3dShape& shape, const T* a, const T* b,
+           const T* c, T* to) {
+  const bool last = how.channels_last;
+  const Axis* axis = shape.axis;
+  switch (how.pass) {
+    case kForward:
+      return device::launch_forward(launch, shape, last, how.way, a, b, c, how.activation, to);
+    case kGradInput: return device::launch_grad_input(launch, shape, last, how.way, a, b, c, to);
+    case kGradWeight: return device::launch_grad_weight(launch, shape, last, how.way, a, b, to);
+    default:
+      return device::launch_channel_sum(launch, last, a, shape.batch, shape.channels, axis[0].in,
+                                        axis[1].in, axis[2].in, to);
+  }
+}
+
 template <class T>
-std::string run(int pass, const Conv3dShape& shape, bool channels_last, device::Way way,
-                int activation, const Work& work, bool falling) {
+std::string run(const How& how, const Conv3dShape& shape, const Work& work, bool falling) {
   const Guarded source(work.source, work.source_bytes), other(work.other, work.other_bytes);
   const Guarded bias(work.bias, work.bias_bytes), target(nullptr, work.target_bytes);
-  const T *a = source.as<T>(), *b = other.as<T>(), *c = work.bias ? bias.as<T>() : nullptr;
-  T* to = target.as<T>();
   const Launch launch(falling);
-  const Axis* axis = shape.axis;
-  switch (pass) {
-    case kForward:
-      device::launch_forward(launch, shape, channels_last, way, a, b, c, activation, to);
-      break;
-    case kGradInput:
-      device::launch_grad_input(launch, shape, channels_last, way, a, b, c, to);
-      break;
-    case kGradWeight:
-      device::launch_grad_weight(launch, shape, channels_last, way, a, b, to);
-      break;
-    default:
-      device::launch_channel_sum(launch, channels_last, a, shape.batch, shape.channels, axis[0].in,
-                                 axis[1].in, axis[2].in, to);
-  }
+  start<T>(launch, how, shape, source.as<T>(), other.as<T>(), work.bias ? bias.as<T>() : nullptr,
+           target.as<T>());
   std::memcpy(work.target, target.as<char>(), work.target_bytes);
   return launch.error();
+}
+
+template <class T>
+std::string plan(const How& how, const Conv3dShape& shape) {
+  const Plan launch;
+  start<T>(launch, how, shape, nullptr, nullptr, nullptr, nullptr);
+  return launch.text();
 }
 
 }  // namespace
 
 // Returns what went wrong, or an empty string. `dtype` counts float32, float64, bfloat16, float16.
-extern "C" const char* run_depthwise(int pass, int dtype, const Conv3dShape* shape,
-                                     bool channels_last, int way, int activation, const Work* work,
-                                     bool falling) {
+extern "C" const char* run_depthwise(const How* how, int dtype, const Conv3dShape* shape,
+                                     const Work* work, bool falling) {
   constexpr decltype(&run<float>) kRun[] = {run<float>, run<double>, run<device::Bf16>,
                                             run<device::F16>};
   static std::string error;
-  error = kRun[dtype](pass, *shape, channels_last, static_cast<device::Way>(way), activation, *work,
-                      falling);
+  error = kRun[dtype](*how, *shape, *work, falling);
   return error.c_str();
+}
+
+extern "C" const char* plan_depthwise(const How* how, int dtype, const Conv3dShape* shape) {
+  constexpr decltype(&plan<float>) kPlan[] = {plan<float>, plan<double>, plan<device::Bf16>,
+                                              plan<device::F16>};
+  static std::string text;
+  text = kPlan[dtype](*how, *shape);
+  return text.c_str();
 }
