@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import voxconv
 from cases import CASES, Case, select
@@ -377,3 +378,13 @@ def test_a_setting_that_means_nothing_is_told(name: str, value: str) -> None:
         check=True,
     )
     assert f"RuntimeWarning: {name}={value!r} is not followed: it may be " in done.stderr
+
+
+def test_fake_tensors_of_a_gpu() -> None:
+    """Shapes are worked out for a GPU that is not there, as torch.compile does it."""
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 6, 7, 8, device="cuda")
+        weight, bias = torch.empty(4, 1, 3, 3, 3, device="cuda"), torch.empty(4, device="cuda")
+        y = voxconv.depthwise_conv3d(x, weight, bias, stride=2, padding=1, activation="relu")
+    assert y.shape == (2, 4, 3, 4, 4)
+    assert y.device.type == "cuda"
