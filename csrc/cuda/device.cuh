@@ -71,6 +71,15 @@ __device__ inline void load_four(const float* from, float* to) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
                : "memory");
 }
+__device__ inline void load_four(const double* from, double* to) {
+  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(from));
+  asm volatile(
+      "ld.shared.v2.f64 {%0, %1}, [%4];\n"
+      "ld.shared.v2.f64 {%2, %3}, [%4 + 16];"
+      : "=d"(to[0]), "=d"(to[1]), "=d"(to[2]), "=d"(to[3])
+      : "r"(place)
+      : "memory");
+}
 
 // The copies of the thread since the last call are a group; waits for all but the last N groups.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -96,6 +105,7 @@ void copy_later(T* to, const T* from, bool exists) {
   cuda_on_cpu::copy_later(to, exists ? from : &zero, sizeof(T));
 }
 inline void load_four(const float* from, float* to) { std::memcpy(to, from, 16); }
+inline void load_four(const double* from, double* to) { std::memcpy(to, from, 32); }
 inline void commit_copies() { cuda_on_cpu::commit_copies(); }
 template <int N>
 void wait_for_copies() {
@@ -135,10 +145,10 @@ struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T of[4];
 };
 // Stores four outputs, or only the first `count`, one by one, if they are fewer or may lie
-// anywhere.
+// anywhere; then also with gaps.
 template <class T>
 __device__ inline void store_four(T* to, const Sum<T> (&sums)[4], int activation, int count,
-                                  bool aligned) {
+                                  bool aligned, int step = 1) {
   Sum<T> from[4];
   VOXCONV_UNROLL
   for (int i = 0; i < 4; ++i) from[i] = activate(sums[i], activation);
@@ -151,7 +161,7 @@ __device__ inline void store_four(T* to, const Sum<T> (&sums)[4], int activation
   }
   VOXCONV_UNROLL
   for (int i = 0; i < 4; ++i)
-    if (i < count) narrow(to[i], from[i]);
+    if (i < count) narrow(to[i * step], from[i]);
 }
 
 // A tensor [n, c, d, h, w] of any strides, in elements.

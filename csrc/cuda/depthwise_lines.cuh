@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward and grad_input of any kernel, stride, dilation and multiplier, NCDHW; zeros, and forward
+// also the other padding modes.
+//
+// Along each axis the destinations fall into phases, those that read the source with the same taps
+// in the same order: of phase p, destination first + step * q reads with tap k the source's cell
+// source + source_step * (stride * q + k), see phases_of. A phase is a correlation without dilation
+// on a part of the cells. A block owns one phase of D and H, and along W all of them if they are
+// few, else one; of these a tile of lines, columns and kLinesPlanes planes, of a few channels. The
+// planes of the source that they read are copied to shared memory one after the other, zeros beyond
+// the volume; a line lies there as sublines, of the cells that the taps of one phase meet from one
+// q to the next, so that neighbours in memory are what a thread's columns read with one tap.
+//
+// A thread owns 4 columns of kLines lines of kLinesPlanes planes (of each phase of W): with n taps
+// along W, the n + 3 cells of a subline that they read serve up to 4 n kLinesPlanes kLinesLines
+// multiply-adds, whose taps come from shared memory in fours, the same for all lanes. For n = 3, 5,
+// 7 and as many along D and H, stride 1, a sum of 32 lanes takes 8, 35 and 69 clocks of
+// multiply-adds on 128 lanes, and 8, 25 and 57 wavefronts of shared memory.
+//
+// Of a kernel of K taps the source is read (1 + (K-1)/planes)(1 + (K-1)/lines)(1 + (K-1)/columns)
+// times, but for the first time from the second cache.
+#pragma once
+#include "depthwise_lines_plan.h"
+
+namespace voxconv {
+namespace device {
+
+// Calls f with the number of taps of a run.
+template <class F>
+__device__ __forceinline__ void with_taps(int taps, const F& f) {
+  switch (taps) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    default: return f(std::integral_constant<int, kLongestRun>{});
+  }
+}
+
+// The cell of the source that position i of an axis of n cells reads, or -1.
+__device__ inline int cell_at(int i, int n, int mode) {
+  const auto inside = [&](int cell) { return cell >= 0 && cell < n; };
+  if (inside(i) || mode == kZeros) return inside(i) ? i : -1;
+  const int cell = static_cast<int>(source_index(i, n, mode));
+  return inside(cell) ? cell : -1;  // a tile may go beyond the padding
+}
+
+// Copies a plane of the source to `to`: lines first_h, first_h + step, ... and of each the cells of
+// the sublines, from q on. The threads of a channel share it out.
+template <class T>
+__device__ void copy_sublines(const LinesShape& a, const T* plane, int first_h, int lines,
+                              int group, int q, Sum<T>* to) {
+  const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
+  const int step = a.w.source_step * a.w.stride;
+  for (int line = y; line < lines; line += static_cast<int>(blockDim.y)) {
+    const int h = cell_at(first_h + a.h.source_step * line, a.h.source, a.mode);
+    const T* row = plane + (h < 0 ? 0 : h * a.h.source_pitch);
+    Sum<T>* cells = to + line * a.line;
+    for (int s = a.first_subline[group]; s < a.first_subline[group + 1]; ++s) {
+      const int begin = a.subline[s] + step * q;
+      for (int i = x; i < a.cells; i += static_cast<int>(blockDim.x)) {
+        const int w = h < 0 ? -1 : cell_at(begin + step * i, a.w.source, a.mode);
+        copy_async(cells + i, row + (w < 0 ? 0 : w), w >= 0);
+      }
+      cells += a.pitch;
+    }
+  }
+}
+
+// What line `kh` of plane `kd` of those that a thread reads adds to its sums, by N taps along W:
+// its plane d and line l read it with taps kd - d * stride and kh - l * stride, where there are
+// such.
+template <int N, int P, class S>
+__device__ __forceinline__ void add_run(const LinesShape& a, const S* cells, const S* taps, int kd,
+                                        int taps_d, int kh, int taps_h, int phase,
+                                        S (&sum)[kLinesPlanes<P>][kLinesLines][P][kLinesColumns]) {
+  constexpr int kCells = fours(kLinesColumns + N - 1), kTaps = fours(N);
+  S x[kCells];
+  VOXCONV_UNROLL
+  for (int i = 0; i < kCells; i += 4) load_four(cells + i, x + i);
+  VOXCONV_UNROLL
+  for (int d = 0; d < kLinesPlanes<P>; ++d) {
+    const int own_d = kd - d * a.d.stride;
+    if (own_d < 0 || own_d >= taps_d) continue;
+    VOXCONV_UNROLL
+    for (int l = 0; l < kLinesLines; ++l) {
+      const int own_h = kh - l * a.h.stride;
+      if (own_h < 0 || own_h >= taps_h) continue;
+      S tap[kTaps];
+      VOXCONV_UNROLL
+      for (int i = 0; i < kTaps; i += 4)
+        load_four(taps + (own_d * taps_h + own_h) * a.tap_pitch + i, tap + i);
+      VOXCONV_UNROLL
+      for (int k = 0; k < N; ++k) {
+        VOXCONV_UNROLL
+        for (int w = 0; w < kLinesColumns; ++w) sum[d][l][phase][w] += x[w + k] * tap[k];
+      }
+    }
+  }
+}
+
+// blockDim is [columns / kLinesColumns, lines / kLinesLines, channels] of a block; blocks are
+// counted by what they own along W, then H, D and the channels. P phases of W are a block's.
+template <class T, int P>
+__global__ void __launch_bounds__(kLinesThreads, kLinesResident<T, P>)
+    depthwise_lines(const __grid_constant__ LinesShape a, const T* source, const T* weight,
+                    const T* bias, T* target) {
+  using S = Sum<T>;
+  int rest = static_cast<int>(blockIdx.x);
+  const auto part = [&](int parts) {
+    const int i = rest % parts;
+    rest /= parts;
+    return i;
+  };
+  const int group = part(a.groups), tile_w = part(a.tiles_w);
+  const Phase& h = a.h.phase[part(a.h.step)];
+  const int tile_h = part(a.tiles_h);
+  const Phase& d = a.d.phase[part(a.d.step)];
+  const int first_d = part(a.tiles_d) * kLinesPlanes<P>;
+  const int wide = static_cast<int>(blockDim.x), high = static_cast<int>(blockDim.y);
+  const int first_h = tile_h * high * kLinesLines, first_w = tile_w * wide * kLinesColumns;
+
+  const int64_t number = static_cast<int64_t>(rest) * blockDim.z + threadIdx.z;
+  const bool exists = number < a.targets;
+  const int64_t at = exists ? number : a.targets - 1;  // of the last block: works in vain
+  const int64_t channel = at % a.channels;
+  const T* from = source + at / a.sharing * a.filters * a.source_cells;
+
+  // The taps, in the order of the runs.
+  S* taps = shared_memory<S>() + threadIdx.z * a.shared;
+  S* planes = taps + a.taps;
+  const int rows = d.taps * h.taps;
+  const int thread = static_cast<int>(threadIdx.y) * wide + static_cast<int>(threadIdx.x);
+  for (int i = thread; i < a.filters * rows; i += wide * high) {
+    const int kd = d.tap + a.d.tap_step * (i % rows / h.taps);
+    const int kh = h.tap + a.h.tap_step * (i % h.taps);
+    const T* row = weight + (channel * a.filters + i / rows) * a.filter_taps + kd * a.d.tap_pitch +
+                   kh * a.h.tap_pitch;
+    for (int r = a.first_run[group * P]; r < a.first_run[group * P + P]; ++r)
+      for (int k = 0; k < a.run[r].taps; ++k)
+        taps[i * a.tap_pitch + a.run[r].slot + k] =
+            widen(row[a.run[r].tap + a.w.tap_step * a.w.stride * k]);
+  }
+
+  const S start = bias ? widen(bias[channel]) : S(0);
+  S sum[kLinesPlanes<P>][kLinesLines][P][kLinesColumns];
+  VOXCONV_UNROLL
+  for (int i = 0; i < kLinesPlanes<P> * kLinesLines * P * kLinesColumns; ++i)
+    sum[i / kLinesColumns / P / kLinesLines][i / kLinesColumns / P % kLinesLines]
+       [i / kLinesColumns % P][i % kLinesColumns] = start;
+
+  // The planes that the block reads, of each filter of a channel in turn.
+  const int depth = d.taps > 0 ? a.d.stride * (kLinesPlanes<P> - 1) + d.taps : 0;
+  const auto plane_at = [&](int i) {
+    return cell_at(d.source + a.d.source_step * (a.d.stride * first_d + i % depth), a.d.source,
+                   a.mode);
+  };
+  const int lines_read = h.taps > 0 ? a.h.stride * (high * kLinesLines - 1) + h.taps : 0;
+  const auto copy = [&](int i) {
+    if (const int plane = i < depth * a.filters ? plane_at(i) : -1; plane >= 0)
+      copy_sublines(a, from + i / depth * a.source_cells + plane * a.d.source_pitch,
+                    h.source + a.h.source_step * a.h.stride * first_h, lines_read, group, first_w,
+                    planes + i % 2 * a.plane);
+    commit_copies();
+  };
+  const int own_lines = h.taps > 0 ? a.h.stride * (kLinesLines - 1) + h.taps : 0;
+  const S* own =
+      planes + threadIdx.y * kLinesLines * a.h.stride * a.line + threadIdx.x * kLinesColumns;
+  copy(0);
+  for (int i = 0; i < depth * a.filters; ++i) {
+    wait_for_copies<0>();
+    __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
+    copy(i + 1);
+    if (plane_at(i) < 0) continue;
+    const S* cells = own + i % 2 * a.plane;
+    const S* filter = taps + i / depth * rows * a.tap_pitch;
+    for (int line = 0; line < own_lines; ++line, cells += a.line) {
+      VOXCONV_UNROLL
+      for (int p = 0; p < P; ++p)
+        for (int r = a.first_run[group * P + p]; r < a.first_run[group * P + p + 1]; ++r)
+          with_taps(a.run[r].taps, [&](auto n) {
+            add_run<decltype(n)::value, P>(a, cells + a.run[r].subline * a.pitch + a.run[r].cell,
+                                           filter + a.run[r].slot, i % depth, d.taps, line, h.taps,
+                                           p, sum);
+          });
+    }
+  }
+
+  if (!exists) return;
+  const int q_w = first_w + static_cast<int>(threadIdx.x) * kLinesColumns;
+  const int step = P > 1 ? P : a.w.step;
+  T* to = target + at * a.target_cells;
+  VOXCONV_UNROLL
+  for (int i = 0; i < kLinesPlanes<P> * kLinesLines; ++i) {
+    const int q_h = first_h + static_cast<int>(threadIdx.y) * kLinesLines + i % kLinesLines;
+    const int o_d = d.first + a.d.step * (first_d + i / kLinesLines);
+    const int o_h = h.first + a.h.step * q_h;
+    if (o_d >= a.d.target || o_h >= a.h.target) continue;
+    T* row = to + o_d * a.d.target_pitch + o_h * a.h.target_pitch;
+    VOXCONV_UNROLL
+    for (int j = 0; j < P; ++j) {  // the columns of all phases are neighbours
+      S four[4];
+      VOXCONV_UNROLL
+      for (int c = 0; c < 4; ++c)
+        four[c] = sum[i / kLinesLines][i % kLinesLines][(4 * j + c) % P][(4 * j + c) / P];
+      const int o_w = a.w.phase[group * P].first + step * q_w + 4 * j;
+      store_four(row + o_w, four, a.activation, (a.w.target - o_w + step / P - 1) / (step / P),
+                 step == P && a.w.target % 4 == 0, step / P);
+    }
+  }
+}
+
+// By depthwise_lines, if it can: `target` = activation(source * weight + bias).
+template <class T, class Launch>
+bool by_lines(const Launch& launch, const Conv3dShape& shape, bool channels_last, bool backwards,
+              const T* source, const T* weight, const T* bias, int activation, T* target) {
+  LinesPlan plan;
+  if (channels_last || !plan_lines(shape, backwards, activation, sizeof(Sum<T>), plan))
+    return false;
+  const auto run = [&](auto p) {
+    launch(depthwise_lines<T, decltype(p)::value>, plan.blocks,
+           dim3(plan.wide, plan.high, plan.deep), plan.shared, plan.shape, source, weight, bias,
+           target);
+  };
+  switch (phases_of_block(plan.shape.w)) {
+    case 2: run(std::integral_constant<int, 2>{}); break;
+    case 3: run(std::integral_constant<int, 3>{}); break;
+    default: run(std::integral_constant<int, 1>{}); break;
+  }
+  return true;
+}
+
+}  // namespace device
+}  // namespace voxconv
