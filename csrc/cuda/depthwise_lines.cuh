@@ -46,55 +46,63 @@ __device__ inline int cell_at(int i, int n, int mode) {
   return inside(cell) ? cell : -1;  // a tile may go beyond the padding
 }
 
-// Copies a plane of the source to `to`: lines first_h, first_h + step, ... and of each the cells of
-// the sublines, from q on. The threads of a channel share it out.
+// Copies a plane of the source to `to`: of lines first_h, first_h + step, ... the cells of the
+// sublines, from q on. The threads of a channel share it out.
 template <class T>
 __device__ void copy_sublines(const LinesShape& a, const T* plane, int first_h, int lines,
                               int group, int q, Sum<T>* to) {
-  const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
-  const int step = a.w.source_step * a.w.stride;
-  for (int line = y; line < lines; line += static_cast<int>(blockDim.y)) {
-    const int h = cell_at(first_h + a.h.source_step * line, a.h.source, a.mode);
-    const T* row = plane + (h < 0 ? 0 : h * a.h.source_pitch);
-    Sum<T>* cells = to + line * a.line;
-    for (int s = a.first_subline[group]; s < a.first_subline[group + 1]; ++s) {
-      const int begin = a.subline[s] + step * q;
-      for (int i = x; i < a.cells; i += static_cast<int>(blockDim.x)) {
-        const int w = h < 0 ? -1 : cell_at(begin + step * i, a.w.source, a.mode);
-        copy_async(cells + i, row + (w < 0 ? 0 : w), w >= 0);
-      }
-      cells += a.pitch;
+  const int high = static_cast<int>(blockDim.y), y = static_cast<int>(threadIdx.y);
+  const int step = a.w.source_step * a.w.stride, step_h = a.h.source_step * high;
+  const int pitch = high * a.line;
+  to += y * a.line;
+  for (int s = a.first_subline[group]; s < a.first_subline[group + 1]; ++s, to += a.pitch)
+    for (int i = static_cast<int>(threadIdx.x); i < a.cells; i += static_cast<int>(blockDim.x)) {
+      int w = a.subline[s] + step * (q + i), h = first_h + a.h.source_step * y;
+      if (a.mode != kZeros) w = cell_at(w, a.w.source, a.mode);
+      const bool column = w >= 0 && w < a.w.source;
+      const T* from = plane + w + h * int64_t(a.h.source_pitch);
+      Sum<T>* cell = to + i;
+      for (int line = y; line < lines;
+           line += high, h += step_h, cell += pitch, from += step_h * a.h.source_pitch)
+        if (a.mode == kZeros) {
+          const bool exists = column && h >= 0 && h < a.h.source;
+          copy_async(cell, from, exists);
+        } else {
+          const int row = column ? cell_at(h, a.h.source, a.mode) : -1;
+          copy_async(cell, plane + (row < 0 ? 0 : row * a.h.source_pitch + w), row >= 0);
+        }
     }
-  }
 }
 
-// What line `kh` of plane `kd` of those that a thread reads adds to its sums, by N taps along W:
-// its plane d and line l read it with taps kd - d * stride and kh - l * stride, where there are
-// such.
+// What a plane of the source adds to the sums of a thread by a run of N taps along W. Line `line`
+// of those that the thread reads is met by its line l with tap line - l * a.h.stride; its plane d
+// has the taps at taps[d], or null if it does not read this plane.
 template <int N, int P, class S>
-__device__ __forceinline__ void add_run(const LinesShape& a, const S* cells, const S* taps, int kd,
-                                        int taps_d, int kh, int taps_h, int phase,
+__device__ __forceinline__ void add_run(const LinesShape& a, const S* cells, int lines, int taps_h,
+                                        const S* taps, const int (&plane_taps)[kLinesPlanes<P>],
+                                        int phase,
                                         S (&sum)[kLinesPlanes<P>][kLinesLines][P][kLinesColumns]) {
   constexpr int kCells = fours(kLinesColumns + N - 1), kTaps = fours(N);
-  S x[kCells];
-  VOXCONV_UNROLL
-  for (int i = 0; i < kCells; i += 4) load_four(cells + i, x + i);
-  VOXCONV_UNROLL
-  for (int d = 0; d < kLinesPlanes<P>; ++d) {
-    const int own_d = kd - d * a.d.stride;
-    if (own_d < 0 || own_d >= taps_d) continue;
+  for (int line = 0; line < lines; ++line, cells += a.line, taps += a.tap_pitch) {
+    S x[kCells];
     VOXCONV_UNROLL
-    for (int l = 0; l < kLinesLines; ++l) {
-      const int own_h = kh - l * a.h.stride;
-      if (own_h < 0 || own_h >= taps_h) continue;
-      S tap[kTaps];
+    for (int i = 0; i < kCells; i += 4) load_four(cells + i, x + i);
+    VOXCONV_UNROLL
+    for (int d = 0; d < kLinesPlanes<P>; ++d) {
+      if (plane_taps[d] < 0) continue;
       VOXCONV_UNROLL
-      for (int i = 0; i < kTaps; i += 4)
-        load_four(taps + (own_d * taps_h + own_h) * a.tap_pitch + i, tap + i);
-      VOXCONV_UNROLL
-      for (int k = 0; k < N; ++k) {
+      for (int l = 0; l < kLinesLines; ++l) {
+        const int kh = line - l * a.h.stride;
+        if (kh < 0 || kh >= taps_h) continue;
+        S tap[kTaps];
         VOXCONV_UNROLL
-        for (int w = 0; w < kLinesColumns; ++w) sum[d][l][phase][w] += x[w + k] * tap[k];
+        for (int i = 0; i < kTaps; i += 4)
+          load_four(taps + (plane_taps[d] - l * a.tap_lag) + i, tap + i);
+        VOXCONV_UNROLL
+        for (int k = 0; k < N; ++k) {
+          VOXCONV_UNROLL
+          for (int w = 0; w < kLinesColumns; ++w) sum[d][l][phase][w] += x[w + k] * tap[k];
+        }
       }
     }
   }
@@ -173,18 +181,23 @@ __global__ void __launch_bounds__(kLinesThreads, kLinesResident<T, P>)
     __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
     copy(i + 1);
     if (plane_at(i) < 0) continue;
-    const S* cells = own + i % 2 * a.plane;
-    const S* filter = taps + i / depth * rows * a.tap_pitch;
-    for (int line = 0; line < own_lines; ++line, cells += a.line) {
-      VOXCONV_UNROLL
-      for (int p = 0; p < P; ++p)
-        for (int r = a.first_run[group * P + p]; r < a.first_run[group * P + p + 1]; ++r)
-          with_taps(a.run[r].taps, [&](auto n) {
-            add_run<decltype(n)::value, P>(a, cells + a.run[r].subline * a.pitch + a.run[r].cell,
-                                           filter + a.run[r].slot, i % depth, d.taps, line, h.taps,
-                                           p, sum);
-          });
+    int plane_taps[kLinesPlanes<P>];
+    VOXCONV_UNROLL
+    for (int p = 0; p < kLinesPlanes<P>; ++p) {
+      const int kd = i % depth - p * a.d.stride;
+      const bool reads = kd >= 0 && kd < d.taps;
+      plane_taps[p] = reads ? (i / depth * rows + kd * h.taps) * a.tap_pitch : -1;
     }
+    VOXCONV_UNROLL
+    for (int p = 0; p < P; ++p)
+      for (int r = a.first_run[group * P + p]; r < a.first_run[group * P + p + 1]; ++r) {
+        const Run& run = a.run[r];
+        const S* cells = own + i % 2 * a.plane + run.subline * a.pitch + run.cell;
+        with_taps(run.taps, [&](auto n) {
+          add_run<decltype(n)::value, P>(a, cells, own_lines, h.taps, taps + run.slot, plane_taps,
+                                         p, sum);
+        });
+      }
   }
 
   if (!exists) return;
@@ -219,9 +232,8 @@ bool by_lines(const Launch& launch, const Conv3dShape& shape, bool channels_last
   if (channels_last || !plan_lines(shape, backwards, activation, sizeof(Sum<T>), plan))
     return false;
   const auto run = [&](auto p) {
-    launch(depthwise_lines<T, decltype(p)::value>, plan.blocks,
-           dim3(plan.wide, plan.high, plan.deep), plan.shared, plan.shape, source, weight, bias,
-           target);
+    launch(depthwise_lines<T, decltype(p)::value>, plan.blocks, plan.threads, plan.shared,
+           plan.shape, source, weight, bias, target);
   };
   switch (phases_of_block(plan.shape.w)) {
     case 2: run(std::integral_constant<int, 2>{}); break;

@@ -20,7 +20,7 @@ constexpr int kLinesThreads = 128;  // of a block, at most
 // Blocks that a multiprocessor is to hold, of which follow the registers of a thread.
 template <class T, int P>
 constexpr int kLinesResident = std::is_same_v<T, double> ? 2
-                               : P > 2                   ? 4
+                               : P > 1                   ? 4
                                                          : 5;
 constexpr int kLinesWide = 16;  // along W, at most
 constexpr int kLongestRun = 7;  // taps; there is none of 6
@@ -60,15 +60,16 @@ struct LinesShape {
   // Runs of phase p of W: [first_run[p], first_run[p + 1]).
   int first_run[kMostPhases + 1];
   Run run[kMostRuns];
-  int tap_pitch;                  // taps along W, from one line of them to the next
+  int tap_pitch, tap_lag;         // from one line of taps to the next; to the one that the next
+                                  // line of a thread meets where one line meets the first
   int line, plane, taps, shared;  // sizes in shared memory; of all that is a channel's
 };
 
 struct LinesPlan {
   LinesShape shape;
   unsigned blocks;
-  int wide, high, deep;  // threads
-  size_t shared;         // bytes
+  dim3 threads;
+  size_t shared;  // bytes
 };
 
 // As many as whole vectors of 4 hold.
@@ -149,8 +150,9 @@ inline bool cut_runs(LinesShape& a) {
     }
     a.first_run[p + 1] = runs;
     a.first_subline[group + 1] = sublines;
-    if (slots > a.tap_pitch) a.tap_pitch = slots;
+    a.tap_pitch = std::max(a.tap_pitch, slots);
   }
+  a.tap_lag = a.h.stride * a.tap_pitch;
   return true;
 }
 
@@ -206,36 +208,26 @@ inline bool plan_lines(const Conv3dShape& shape, bool backwards, int activation,
   a.targets = shape.batch * a.channels;
   if (!cut_runs(a)) return false;
 
-  // Threads along W, then H, in tiles of the same size; less of them where shared memory is short.
   const auto columns = ceil_div(ceil_div(a.w.target, a.w.step), kLinesColumns);
   const auto lines = ceil_div(ceil_div(a.h.target, a.h.step), kLinesLines);
-  const auto cut = [](int64_t threads, int64_t most) {
-    return static_cast<int>(ceil_div(threads, ceil_div(threads, most)));
-  };
-  plan.wide = cut(columns, kLinesWide);
-  plan.high = cut(lines, kLinesThreads / plan.wide);
-  const auto size = [&] {
-    size_tile(a, plan.wide, plan.high);
+  const auto shared = [&](int64_t wide, int64_t high) {
+    size_tile(a, static_cast<int>(wide), static_cast<int>(high));
     return a.shared * sum;
   };
-  while (size() > (a.taps * sum > kLinesShared / 2 ? kLinesSharedMost : kLinesShared)) {
-    if (plan.high > 1)
-      plan.high = cut(lines, plan.high - 1);
-    else if (plan.wide > 1)
-      plan.wide = cut(columns, plan.wide - 1);
-    else
-      return false;
-  }
-  const int64_t by_threads = kLinesThreads / (plan.wide * plan.high);
-  const int64_t by_shared = std::max<int64_t>(1, kLinesShared / size());
-  plan.deep = static_cast<int>(std::min({by_threads, by_shared, a.targets}));
-  plan.shared = plan.deep * size();
-  a.tiles_w = static_cast<int>(ceil_div(columns, plan.wide));
-  a.tiles_h = static_cast<int>(ceil_div(lines, plan.high));
+  shared(1, 1);
+  const double halo = double(a.plane / a.line - a.h.stride) / (a.h.stride * kLinesLines);
+  const size_t limit = a.taps * sum > kLinesShared / 2 ? kLinesSharedMost : kLinesShared;
+  const Tile tile =
+      best_tile(columns, lines, a.targets, kLinesWide, kLinesThreads, halo, limit, shared);
+  if (tile.deep == 0) return false;
+  plan.threads = dim3(tile.wide, tile.high, tile.deep);
+  plan.shared = tile.deep * shared(tile.wide, tile.high);
+  a.tiles_w = static_cast<int>(ceil_div(columns, tile.wide));
+  a.tiles_h = static_cast<int>(ceil_div(lines, tile.high));
   const int own_planes = phases_of_block(a.w) == 3 ? kLinesPlanes<3> : kLinesPlanes<1>;
   a.tiles_d = static_cast<int>(ceil_div(ceil_div(a.d.target, a.d.step), own_planes));
   const int64_t tiles = int64_t(a.tiles_w) * a.groups * a.tiles_h * a.h.step;
-  const int64_t planes = int64_t(a.tiles_d) * a.d.step, rows = ceil_div(a.targets, plan.deep);
+  const int64_t planes = int64_t(a.tiles_d) * a.d.step, rows = ceil_div(a.targets, tile.deep);
   if (tiles > INT32_MAX || tiles * planes > INT32_MAX / rows) return false;
   plan.blocks = static_cast<unsigned>(tiles * planes * rows);
   return true;

@@ -57,11 +57,13 @@ __device__ T* shared_memory() {
 // Copies an element to shared memory while the thread goes on, or a zero.
 template <class T>
 __device__ inline void copy_later(T* to, const T* from, bool exists) {
-  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const unsigned bytes = exists ? sizeof(T) : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(from),
-               "n"(sizeof(T)), "r"(bytes)
-               : "memory");
+  if (exists)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from), "n"(sizeof(T))
+                 : "memory");
+  else
+    *to = T(0);
 }
 // Loads four neighbours from shared memory here and now: the compiler neither loads them earlier
 // nor keeps them for the next time that they are asked for, which would take all registers.
@@ -139,6 +141,18 @@ __device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
     *to = exists ? widen(*from) : Sum<T>(0);
 }
 
+// Copies `count` cells of a column, each `step` lines of the source behind the one before; zeros
+// where the line, `line` of the first one, is none of the source's `lines`.
+template <class T>
+__device__ __forceinline__ void copy_column(const T* from, int64_t pitch, int line, int step,
+                                            int lines, int count, Sum<T>* to, int to_pitch) {
+  from += line * pitch;
+  for (int i = 0; i < count; ++i) {
+    copy_async(to, from, line >= 0 && line < lines);
+    line += step, from += step * pitch, to += to_pitch;
+  }
+}
+
 // Four neighbours, at an address that is a multiple of all four or of 16 bytes.
 template <class T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
@@ -151,7 +165,11 @@ __device__ inline void store_four(T* to, const Sum<T> (&sums)[4], int activation
                                   bool aligned, int step = 1) {
   Sum<T> from[4];
   VOXCONV_UNROLL
-  for (int i = 0; i < 4; ++i) from[i] = activate(sums[i], activation);
+  for (int i = 0; i < 4; ++i) from[i] = sums[i];
+  if (activation != kIdentity) {
+    VOXCONV_UNROLL
+    for (int i = 0; i < 4; ++i) from[i] = activate(sums[i], activation);
+  }
   if (aligned && count >= 4) {
     Four<T> four;
     VOXCONV_UNROLL
