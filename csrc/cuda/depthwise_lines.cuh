@@ -51,27 +51,30 @@ __device__ inline int cell_at(int i, int n, int mode) {
 template <class T>
 __device__ void copy_sublines(const LinesShape& a, const T* plane, int first_h, int lines,
                               int group, int q, Sum<T>* to) {
-  const int high = static_cast<int>(blockDim.y), y = static_cast<int>(threadIdx.y);
-  const int step = a.w.source_step * a.w.stride, step_h = a.h.source_step * high;
-  const int pitch = high * a.line;
-  to += y * a.line;
-  for (int s = a.first_subline[group]; s < a.first_subline[group + 1]; ++s, to += a.pitch)
-    for (int i = static_cast<int>(threadIdx.x); i < a.cells; i += static_cast<int>(blockDim.x)) {
-      int w = a.subline[s] + step * (q + i), h = first_h + a.h.source_step * y;
-      if (a.mode != kZeros) w = cell_at(w, a.w.source, a.mode);
-      const bool column = w >= 0 && w < a.w.source;
-      const T* from = plane + w + h * int64_t(a.h.source_pitch);
-      Sum<T>* cell = to + i;
-      for (int line = y; line < lines;
-           line += high, h += step_h, cell += pitch, from += step_h * a.h.source_pitch)
-        if (a.mode == kZeros) {
-          const bool exists = column && h >= 0 && h < a.h.source;
-          copy_async(cell, from, exists);
-        } else {
-          const int row = column ? cell_at(h, a.h.source, a.mode) : -1;
-          copy_async(cell, plane + (row < 0 ? 0 : row * a.h.source_pitch + w), row >= 0);
-        }
+  const int threads = static_cast<int>(blockDim.x * blockDim.y);
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int first = thread / a.copied, by = threads / a.copied, first_s = a.first_subline[group];
+  if (first >= by) return;
+  const int columns = (a.first_subline[group + 1] - first_s) * a.cells;
+  for (int c = thread % a.copied; c < columns; c += a.copied) {
+    const int s = c / a.cells, i = c % a.cells;
+    int w = a.subline[first_s + s] + a.w.source_step * a.w.stride * (q + i);
+    if (a.mode != kZeros) w = cell_at(w, a.w.source, a.mode);
+    const bool column = w >= 0 && w < a.w.source;
+    const int h = first_h + a.h.source_step * first, step = a.h.source_step * by;
+    const int count = (lines - first + by - 1) / by;
+    Sum<T>* cell = to + first * a.line + s * a.pitch + i;
+    if (a.mode == kZeros || !column) {
+      copy_column(plane + w, a.h.source_pitch, h, step, column ? a.h.source : 0, count, cell,
+                  by * a.line);
+      continue;
     }
+    for (int line = 0; line < count; ++line) {
+      const int row = cell_at(h + step * line, a.h.source, a.mode);
+      copy_async(cell + line * by * a.line, plane + (row < 0 ? 0 : row * a.h.source_pitch + w),
+                 row >= 0);
+    }
+  }
 }
 
 // What a plane of the source adds to the sums of a thread by a run of N taps along W. Line `line`

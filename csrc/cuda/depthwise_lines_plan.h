@@ -57,6 +57,7 @@ struct LinesShape {
   // where they begin in the source for q = 0; cells that are read of one, and from one to the next.
   int first_subline[kMostPhases + 1], subline[kMostSublines];
   int cells, pitch;
+  int copied;  // columns of them that the threads of a channel copy at a time
   // Runs of phase p of W: [first_run[p], first_run[p + 1]).
   int first_run[kMostPhases + 1];
   Run run[kMostRuns];
@@ -178,6 +179,20 @@ inline void size_tile(LinesShape& a, int wide, int high) {
   a.shared = a.taps + 2 * a.plane;
 }
 
+// How many columns `threads` threads copy at a time, so that few of them wait for the others.
+inline void share_columns(LinesShape& a, int threads) {
+  const int lines = a.plane / a.line, columns = a.line / a.pitch * a.cells;
+  int64_t least = 0;
+  for (int turns = 1; turns <= columns; ++turns) {
+    const int own = static_cast<int>(ceil_div(columns, turns));
+    if (own > threads) continue;
+    const int64_t cost = turns * (1 + ceil_div(lines, threads / own));
+    if (least != 0 && cost >= least) continue;
+    least = cost;
+    a.copied = own;
+  }
+}
+
 inline bool plan_lines(const Conv3dShape& shape, bool backwards, int activation, size_t sum,
                        LinesPlan& plan) {
   LinesShape& a = plan.shape;
@@ -217,19 +232,20 @@ inline bool plan_lines(const Conv3dShape& shape, bool backwards, int activation,
   shared(1, 1);
   const double halo = double(a.plane / a.line - a.h.stride) / (a.h.stride * kLinesLines);
   const size_t limit = a.taps * sum > kLinesShared / 2 ? kLinesSharedMost : kLinesShared;
+  const int own_planes = phases_of_block(a.w) == 3 ? kLinesPlanes<3> : kLinesPlanes<1>;
+  a.tiles_d = static_cast<int>(ceil_div(ceil_div(a.d.target, a.d.step), own_planes));
+  const int64_t times = int64_t(a.groups) * a.h.step * a.d.step * a.tiles_d;
   const Tile tile =
-      best_tile(columns, lines, a.targets, kLinesWide, kLinesThreads, halo, limit, shared);
+      best_tile(columns, lines, a.targets, times, kLinesWide, kLinesThreads, halo, limit, shared);
   if (tile.deep == 0) return false;
   plan.threads = dim3(tile.wide, tile.high, tile.deep);
   plan.shared = tile.deep * shared(tile.wide, tile.high);
   a.tiles_w = static_cast<int>(ceil_div(columns, tile.wide));
   a.tiles_h = static_cast<int>(ceil_div(lines, tile.high));
-  const int own_planes = phases_of_block(a.w) == 3 ? kLinesPlanes<3> : kLinesPlanes<1>;
-  a.tiles_d = static_cast<int>(ceil_div(ceil_div(a.d.target, a.d.step), own_planes));
-  const int64_t tiles = int64_t(a.tiles_w) * a.groups * a.tiles_h * a.h.step;
-  const int64_t planes = int64_t(a.tiles_d) * a.d.step, rows = ceil_div(a.targets, tile.deep);
-  if (tiles > INT32_MAX || tiles * planes > INT32_MAX / rows) return false;
-  plan.blocks = static_cast<unsigned>(tiles * planes * rows);
+  share_columns(a, tile.wide * tile.high);
+  const int64_t blocks = a.tiles_w * a.tiles_h * times;
+  if (blocks > INT32_MAX / ceil_div(a.targets, tile.deep)) return false;
+  plan.blocks = static_cast<unsigned>(blocks * ceil_div(a.targets, tile.deep));
   return true;
 }
 

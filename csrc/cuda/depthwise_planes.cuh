@@ -74,10 +74,10 @@ __device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, S
 }
 
 // What a plane of the source in shared memory adds to the sums of a thread: sum[kd] is of the plane
-// that reads it with tap kd.
-template <int K, class S>
-__device__ void add_plane(const S* cells, int pitch, const S* taps,
-                          S (&sum)[K][kLines<K>][kColumns]) {
+// that reads it with tap kd. Unless kWhole, the block only has those with first <= kd <= last.
+template <int K, bool kWhole, class S>
+__device__ __forceinline__ void add_plane(const S* cells, int pitch, const S* taps, int first,
+                                          int last, S (&sum)[K][kLines<K>][kColumns]) {
   constexpr int kCells = (kColumns + K - 1 + 3) / 4 * 4;
   VOXCONV_UNROLL
   for (int line = 0; line < kLines<K> + K - 1; ++line) {
@@ -90,6 +90,7 @@ __device__ void add_plane(const S* cells, int pitch, const S* taps,
       if (h < 0 || h >= kLines<K>) continue;
       VOXCONV_UNROLL
       for (int kd = 0; kd < K; ++kd) {
+        if (!kWhole && (kd < first || kd > last)) continue;
         S tap[kTapPitch<K>];
         VOXCONV_UNROLL
         for (int i = 0; i < kTapPitch<K>; i += 4)
@@ -169,10 +170,16 @@ __global__ void __launch_bounds__(kPlanesThreads)
     __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
     copy(step + 1);
     const int plane = plane_at(step);
-    if (plane >= 0 && plane < a.source[0])
-      add_plane<K>(
-          planes + step % 2 * plane_size + threadIdx.y * kLines<K> * pitch + threadIdx.x * kColumns,
-          pitch, taps, sum);
+    if (plane >= 0 && plane < a.source[0]) {
+      const S* cells =
+          planes + step % 2 * plane_size + threadIdx.y * kLines<K> * pitch + threadIdx.x * kColumns;
+      const int least =
+          step - (last - first - 1);  // tap along D with which the last plane reads it
+      if (least <= 0 && step >= K - 1)
+        add_plane<K, true>(cells, pitch, taps, 0, K - 1, sum);
+      else
+        add_plane<K, false>(cells, pitch, taps, least, step, sum);
+    }
     // The plane that reads this one with its last tap has all it needs.
     const int d = first + step - (K - 1);
     if (d >= first && exists) {
@@ -204,6 +211,8 @@ __global__ void __launch_bounds__(kPlanesThreads)
 // more.
 constexpr int kPlanesWide = 16;
 constexpr size_t kPlanesShared = 48 << 10;
+// A plane of the source that a slab shares with the next takes this part of one of its own.
+constexpr double kPlanesEnds = 0.4;
 
 // Whether depthwise_planes can do a pass, if it has as many taps, and had better.
 inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {
@@ -244,26 +253,28 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   const auto shared = [](int64_t wide, int64_t high) {
     return planes_shared<K>(high * kLines<K>, wide * kColumns) * sizeof(Sum<T>);
   };
-  const Tile tile = best_tile(own(2, kColumns), own(1, kLines<K>), a.targets, kPlanesWide,
-                              kPlanesThreads, double(K - 1) / kLines<K>, kPlanesShared, shared);
+  const int64_t depth = own(0, 1), phases = int64_t(a.step[0]) * a.step[1] * a.step[2];
+  Tile tile;
+  double least = 0;
+  for (int64_t slabs = 1; slabs <= depth; slabs += ceil_div(slabs, 3)) {
+    const int64_t slab = ceil_div(depth, slabs);
+    const Tile found =
+        best_tile(own(2, kColumns), own(1, kLines<K>), a.targets, phases * slabs, kPlanesWide,
+                  kPlanesThreads, double(K - 1) / kLines<K>, kPlanesShared, shared);
+    const double cost = found.cost * (slab + kPlanesEnds * (K - 1));
+    if (least != 0 && cost >= least) continue;
+    least = cost;
+    tile = found;
+    a.slab = static_cast<int>(slab);
+  }
+  a.slabs = static_cast<int>(ceil_div(depth, a.slab));
   a.tile_w = tile.wide * kColumns;
   a.tile_h = tile.high * kLines<K>;
   a.tiles_w = static_cast<int>(ceil_div(own(2, 1), a.tile_w));
   a.tiles_h = static_cast<int>(ceil_div(own(1, 1), a.tile_h));
-  const int64_t blocks = int64_t(a.tiles_w) * a.tiles_h * a.step[0] * a.step[1] * a.step[2] *
-                         ceil_div(a.targets, tile.deep);
-  // A multiprocessor with one block takes as long as with two.
-  const int64_t depth = own(0, 1);
-  int64_t least = 0;
-  for (int64_t slabs = 1; slabs <= ceil_div(depth, K); ++slabs) {
-    const int64_t slab = ceil_div(depth, slabs);
-    const int64_t turns = std::max<int64_t>(2, ceil_div(blocks * slabs, kMultiprocessors));
-    if (least != 0 && turns * (slab + K - 1) >= least) continue;
-    least = turns * (slab + K - 1);
-    a.slab = static_cast<int>(slab);
-  }
-  a.slabs = static_cast<int>(ceil_div(depth, a.slab));
-  launch(depthwise_planes<T, K>, static_cast<unsigned>(blocks * a.slabs),
+  const int64_t blocks =
+      int64_t(a.tiles_w) * a.tiles_h * a.slabs * phases * ceil_div(a.targets, tile.deep);
+  launch(depthwise_planes<T, K>, static_cast<unsigned>(blocks),
          dim3(tile.wide, tile.high, tile.deep), tile.deep * shared(tile.wide, tile.high), a, source,
          weight, bias, target);
 }

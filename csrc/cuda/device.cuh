@@ -57,13 +57,16 @@ __device__ T* shared_memory() {
 // Copies an element to shared memory while the thread goes on, or a zero.
 template <class T>
 __device__ inline void copy_later(T* to, const T* from, bool exists) {
-  if (exists)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(from), "n"(sizeof(T))
-                 : "memory");
-  else
-    *to = T(0);
+  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      "setp.ne.u32 exists, %2, 0;\n"
+      "@exists cp.async.ca.shared.global [%0], [%1], %3;\n"
+      "@!exists st.shared.b%4 [%0], 0;\n"
+      "}" ::"r"(place),
+      "l"(from), "r"(static_cast<unsigned>(exists)), "n"(sizeof(T)), "n"(8 * sizeof(T))
+      : "memory");
 }
 // Loads four neighbours from shared memory here and now: the compiler neither loads them earlier
 // nor keeps them for the next time that they are asked for, which would take all registers.

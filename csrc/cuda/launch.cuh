@@ -20,36 +20,37 @@ inline bool allows(Way asked, Way own) { return asked == Way::choose || asked ==
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kMultiprocessors = 132;  // of the GPU that launches aim at, an H200
-
-// Threads of a block along W and H, and channels.
+// Threads of a block along W and H, and channels; how long it takes, in a unit of its own.
 struct Tile {
-  int wide, high, deep;
+  int wide = 0, high = 0, deep = 0;
+  double cost = 0;
 };
 
-// The tile for `columns` by `lines` threads of each of `targets` channels, at most `most_wide`
-// along W and `most` of a block, in `limit` bytes of shared memory, of which a channel takes
-// `shared(wide, high)`: the one that leaves the fewest lanes idle and copies the least. A tile
-// reads `halo` threads' lines more than it has. All 0 if none fits.
+// The tile for `columns` by `lines` threads of each of `targets` channels, `times` over, at most
+// `most_wide` along W and `most` of a block, in `limit` bytes of shared memory, of which a channel
+// takes `shared(wide, high)`. A tile reads `halo` threads' lines more than it has. The
+// multiprocessor that has most to do is to be ready first; one with a few warps takes as long as
+// with kBusy. `deep` is 0 if none fits.
 template <class Shared>
-Tile best_tile(int64_t columns, int64_t lines, int64_t targets, int most_wide, int most,
-               double halo, size_t limit, const Shared& shared) {
+Tile best_tile(int64_t columns, int64_t lines, int64_t targets, int64_t times, int most_wide,
+               int most, double halo, size_t limit, const Shared& shared) {
+  constexpr int kMultiprocessors = 132;  // an H200's
+  constexpr int kBusy = 8;
   constexpr double kCopy = 0.3;  // to copy a line takes this part of what its sums take
-  Tile best = {0, 0, 0};
-  double least = 0;
-  for (int64_t wide = ceil_div(columns, ceil_div(columns, most_wide)); wide > 0 && least == 0;
-       wide = wide == 1 ? 0 : ceil_div(wide, 2))
-    for (int64_t high = 1; high <= lines && wide * high <= most; ++high) {
-      const int64_t fit = static_cast<int64_t>(limit / shared(wide, high));
-      const int64_t deep = std::min({most / (wide * high), fit, targets});
-      if (deep == 0) break;
-      const double lanes = static_cast<double>(ceil_div(wide * high * deep, 32) * 32) / deep;
-      const double cost = ceil_div(columns, wide) * ceil_div(lines, high) * lanes *
-                          (1 + kCopy * (1 + halo / high)) * ceil_div(targets, deep) * deep;
-      if (least != 0 && cost > least) continue;
-      least = cost;
-      best = {static_cast<int>(wide), static_cast<int>(high), static_cast<int>(deep)};
+  Tile best;
+  int64_t wide = ceil_div(columns, ceil_div(columns, most_wide));
+  while (wide > 1 && shared(wide, 1) > limit) wide = ceil_div(wide, 2);
+  for (int64_t high = 1; high <= lines && wide * high <= most; ++high) {
+    const int64_t fit = static_cast<int64_t>(limit / shared(wide, high));
+    const int64_t tiles = ceil_div(columns, wide) * ceil_div(lines, high) * times;
+    for (int64_t deep = std::min({most / (wide * high), fit, targets}); deep > 0; deep /= 2) {
+      const int64_t blocks = tiles * ceil_div(targets, deep);
+      const int64_t warps = ceil_div(blocks, kMultiprocessors) * ceil_div(wide * high * deep, 32);
+      const double cost = std::max<int64_t>(warps, kBusy) * (1 + kCopy * (1 + halo / high));
+      if (best.deep == 0 || cost < best.cost)
+        best = Tile{static_cast<int>(wide), static_cast<int>(high), static_cast<int>(deep), cost};
     }
+  }
   return best;
 }
 
