@@ -11,11 +11,16 @@
 // the volume; a line lies there as sublines, of the cells that the taps of one phase meet from one
 // q to the next, so that neighbours in memory are what a thread's columns read with one tap.
 //
-// A thread owns 4 columns of kLines lines of kLinesPlanes planes (of each phase of W): with n taps
-// along W, the n + 3 cells of a subline that they read serve up to 4 n kLinesPlanes kLinesLines
-// multiply-adds, whose taps come from shared memory in fours, the same for all lanes. For n = 3, 5,
-// 7 and as many along D and H, stride 1, a sum of 32 lanes takes 8, 35 and 69 clocks of
-// multiply-adds on 128 lanes, and 8, 25 and 57 wavefronts of shared memory.
+// A thread owns 4 columns of kLinesLines lines of kLinesPlanes planes, of each phase of W that is
+// the block's. The n taps of a line of the kernel and the n + 3 cells of a subline that they meet
+// are loaded from shared memory in fours, the taps by all lanes at once, and give 4 n
+// multiply-adds; a cell loaded is used by all lines and planes of the thread that meet it. With 3,
+// 5, 7 taps along every axis, stride 1, 32 outputs take
+//   multiply-adds of a warp          27   125   343
+//   all its instructions            130   296   600   of them 66, 97, 131 to copy
+//   wavefronts of shared memory      14    32    64
+// of which a multiprocessor issues four instructions and one wavefront a clock: instructions bound
+// it, those of the copies where the kernel is short.
 //
 // Of a kernel of K taps the source is read (1 + (K-1)/planes)(1 + (K-1)/lines)(1 + (K-1)/columns)
 // times, but for the first time from the second cache.
@@ -53,27 +58,27 @@ __device__ void copy_sublines(const LinesShape& a, const T* plane, int first_h, 
                               int group, int q, Sum<T>* to) {
   const int threads = static_cast<int>(blockDim.x * blockDim.y);
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-  const int first = thread / a.copied, by = threads / a.copied, first_s = a.first_subline[group];
+  const int first = thread / a.copied, by = threads / a.copied;
   if (first >= by) return;
-  const int columns = (a.first_subline[group + 1] - first_s) * a.cells;
-  for (int c = thread % a.copied; c < columns; c += a.copied) {
-    const int s = c / a.cells, i = c % a.cells;
-    int w = a.subline[first_s + s] + a.w.source_step * a.w.stride * (q + i);
-    if (a.mode != kZeros) w = cell_at(w, a.w.source, a.mode);
-    const bool column = w >= 0 && w < a.w.source;
-    const int h = first_h + a.h.source_step * first, step = a.h.source_step * by;
-    const int count = (lines - first + by - 1) / by;
-    Sum<T>* cell = to + first * a.line + s * a.pitch + i;
-    if (a.mode == kZeros || !column) {
-      copy_column(plane + w, a.h.source_pitch, h, step, column ? a.h.source : 0, count, cell,
-                  by * a.line);
+  int i = thread % a.copied;  // of subline s
+  for (int s = a.first_subline[group]; s < a.first_subline[group + 1];) {
+    if (i >= a.cells) {
+      ++s, i -= a.cells, to += a.pitch;
       continue;
     }
-    for (int line = 0; line < count; ++line) {
-      const int row = cell_at(h + step * line, a.h.source, a.mode);
-      copy_async(cell + line * by * a.line, plane + (row < 0 ? 0 : row * a.h.source_pitch + w),
-                 row >= 0);
-    }
+    int w = a.subline[s] + a.w.source_step * a.w.stride * (q + i);
+    if (a.mode != kZeros) w = cell_at(w, a.w.source, a.mode);
+    const bool column = w >= 0 && w < a.w.source;
+    if (a.mode == kZeros || !column)
+      copy_column(plane + w, a.h.source_pitch, first_h, a.h.source_step, column ? a.h.source : 0,
+                  first, by, lines, to + i, a.line);
+    else
+      for (int line = first; line < lines; line += by) {
+        const int row = cell_at(first_h + a.h.source_step * line, a.h.source, a.mode);
+        copy_async(to + i + line * a.line, plane + (row < 0 ? 0 : row * a.h.source_pitch + w),
+                   row >= 0);
+      }
+    i += a.copied;
   }
 }
 

@@ -181,12 +181,13 @@ inline void size_tile(LinesShape& a, int wide, int high) {
 
 // How many columns `threads` threads copy at a time, so that few of them wait for the others.
 inline void share_columns(LinesShape& a, int threads) {
+  constexpr int kTurn = 2;  // the start of a column takes as long as so many cells
   const int lines = a.plane / a.line, columns = a.line / a.pitch * a.cells;
   int64_t least = 0;
   for (int turns = 1; turns <= columns; ++turns) {
     const int own = static_cast<int>(ceil_div(columns, turns));
     if (own > threads) continue;
-    const int64_t cost = turns * (1 + ceil_div(lines, threads / own));
+    const int64_t cost = turns * (kTurn + ceil_div(lines, threads / own));
     if (least != 0 && cost >= least) continue;
     least = cost;
     a.copied = own;

@@ -62,14 +62,13 @@ VOXCONV_HD constexpr int planes_shared(int tile_h, int tile_w) {
 // `to` are of line h and column w of the source. The threads of a channel share it out.
 template <int K, class T>
 __device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, Sum<T>* to) {
-  const int pitch = planes_pitch<K>(a.tile_w), high = static_cast<int>(blockDim.y);
-  const int y = static_cast<int>(threadIdx.y);
-  const int count = (planes_lines<K>(a.tile_h) - y + high - 1) / high;
+  const int pitch = planes_pitch<K>(a.tile_w);
   for (int i = static_cast<int>(threadIdx.x); i < pitch; i += static_cast<int>(blockDim.x)) {
     const int column = w + a.step[2] * i;
     const bool exists = column >= 0 && column < a.source[2];
-    copy_column(plane + column, a.source[2], h + a.step[1] * y, a.step[1] * high,
-                exists ? a.source[1] : 0, count, to + y * pitch + i, high * pitch);
+    copy_column(plane + column, a.source[2], h, a.step[1], exists ? a.source[1] : 0,
+                static_cast<int>(threadIdx.y), static_cast<int>(blockDim.y),
+                planes_lines<K>(a.tile_h), to + i, pitch);
   }
 }
 

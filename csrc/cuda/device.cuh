@@ -144,15 +144,19 @@ __device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
     *to = exists ? widen(*from) : Sum<T>(0);
 }
 
-// Copies `count` cells of a column, each `step` lines of the source behind the one before; zeros
-// where the line, `line` of the first one, is none of the source's `lines`.
+// Copies every `by`-th of `count` cells of a column, from the `first` on. Cell i is of line
+// `line` + `step` * i of the source, a zero if that is none of its `lines`.
 template <class T>
 __device__ __forceinline__ void copy_column(const T* from, int64_t pitch, int line, int step,
-                                            int lines, int count, Sum<T>* to, int to_pitch) {
+                                            int lines, int first, int by, int count, Sum<T>* to,
+                                            int to_pitch) {
+  line += step * first;
+  step *= by;
   from += line * pitch;
-  for (int i = 0; i < count; ++i) {
+  to += first * to_pitch;
+  for (int i = first; i < count; i += by) {
     copy_async(to, from, line >= 0 && line < lines);
-    line += step, from += step * pitch, to += to_pitch;
+    line += step, from += step * pitch, to += by * to_pitch;
   }
 }
 

@@ -35,18 +35,23 @@ template <class Shared>
 Tile best_tile(int64_t columns, int64_t lines, int64_t targets, int64_t times, int most_wide,
                int most, double halo, size_t limit, const Shared& shared) {
   constexpr int kMultiprocessors = 132;  // an H200's
-  constexpr int kBusy = 8;
-  constexpr double kCopy = 0.3;  // to copy a line takes this part of what its sums take
+  constexpr int kWarp = 32, kBusy = 8;
+  constexpr double kCrowd = 0.25;  // but a warp is the slower the more there are, by this part
+  constexpr double kCopy = 0.3;    // to copy a line takes this part of what its sums take
   Tile best;
   int64_t wide = ceil_div(columns, ceil_div(columns, most_wide));
   while (wide > 1 && shared(wide, 1) > limit) wide = ceil_div(wide, 2);
   for (int64_t high = 1; high <= lines && wide * high <= most; ++high) {
     const int64_t fit = static_cast<int64_t>(limit / shared(wide, high));
     const int64_t tiles = ceil_div(columns, wide) * ceil_div(lines, high) * times;
-    for (int64_t deep = std::min({most / (wide * high), fit, targets}); deep > 0; deep /= 2) {
+    for (int64_t lanes = most; lanes > 0; lanes -= kWarp) {
+      const int64_t deep = std::min({lanes / (wide * high), fit, targets});
+      if (deep == 0) break;
       const int64_t blocks = tiles * ceil_div(targets, deep);
-      const int64_t warps = ceil_div(blocks, kMultiprocessors) * ceil_div(wide * high * deep, 32);
-      const double cost = std::max<int64_t>(warps, kBusy) * (1 + kCopy * (1 + halo / high));
+      const int64_t warps =
+          ceil_div(blocks, kMultiprocessors) * ceil_div(wide * high * deep, kWarp);
+      const double cost =
+          (std::max<int64_t>(warps, kBusy) + kCrowd * warps) * (1 + kCopy * (1 + halo / high));
       if (best.deep == 0 || cost < best.cost)
         best = Tile{static_cast<int>(wide), static_cast<int>(high), static_cast<int>(deep), cost};
     }
