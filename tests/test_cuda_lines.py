@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels depthwise_lines, and depthwise_planes with a dilation, run on the CPU."""
+"""The CUDA kernels for any geometry, and depthwise_planes with a dilation, run on the CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LINES = [
 
 PLANES = [
     Case("dw9", channels=3, size=(4, 5, 6), kernel=(9, 9, 9), padding=(4, 4, 5)),
-    Case("dilation123", size=(8, 9, 13), kernel=(5, 5, 5), dilation=(1, 2, 3), padding=(2, 3, 6)),
+    Case("dilation123", size=(8, 9, 12), kernel=(5, 5, 5), dilation=(1, 2, 3), padding=(2, 3, 6)),
     Case("dilation4", channels=2, size=(9, 10, 11), dilation=(4, 4, 4), padding=4),
     Case("slabs", size=(23, 4, 5), kernel=(5, 5, 5), padding=2),
 ]
@@ -54,6 +54,12 @@ def test_lines(case: Case, kernels: ctypes.CDLL) -> None:
 def test_lines_in_other_dtypes(case: Case, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
     with cuda_kernels(kernels, "lines"):
         assert_case(case, case.make(dtype), dtype, versus_torch=True)
+
+
+@pytest.mark.parametrize("case", [c for c in select("smoke") if c in ROWS], ids=str)
+def test_any(case: Case, kernels: ctypes.CDLL) -> None:
+    with cuda_kernels(kernels, "any"):
+        assert_case(case, case.make(), torch.float32, versus_torch=True)
 
 
 @pytest.mark.parametrize("case", PLANES, ids=str)

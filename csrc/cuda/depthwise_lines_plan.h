@@ -145,7 +145,7 @@ inline bool cut_runs(LinesShape& a) {
         const int tap = phase.tap + a.w.tap_step * (k + a.w.stride * cell);
         a.run[runs] = {subline - first_subline, cell, taken, tap, slots};
         for (int r = a.first_run[group * own]; r < runs; ++r)
-          if (a.run[r].tap == tap && a.run[r].taps == taken) a.run[runs].slot = a.run[r].slot;
+          if (a.run[r].tap == tap) a.run[runs].slot = a.run[r].slot;
         if (a.run[runs].slot == slots) slots += fours(taken);
       }
     }
