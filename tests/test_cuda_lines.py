@@ -24,7 +24,7 @@ ROWS = [
 LINES = [
     Case("tiles", size=(5, 36, 70), kernel=(2, 1, 3), padding=(0, 1, 1)),
     Case("planes_as_lines", channels=2, size=(9, 1, 13), kernel=(3, 1, 5), padding=(1, 0, 2)),
-    Case("phases_apart", channels=2, size=(4, 5, 23), dilation=(1, 2, 5), padding=(1, 2, 5)),
+    Case("phases_apart", channels=2, size=(4, 5, 24), dilation=(1, 2, 5), padding=(1, 2, 5)),
     Case("stride_apart", channels=2, size=(5, 6, 22), kernel=(2, 3, 9), stride=(1, 2, 4)),
     Case("stride3_dilation2", size=(5, 9, 22), stride=(1, 3, 3), dilation=(1, 2, 2), padding=1),
     Case("runs_of_4_and_7", size=(2, 3, 19), kernel=(1, 2, 11), padding=(0, 1, 5)),
