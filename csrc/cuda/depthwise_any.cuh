@@ -9,7 +9,9 @@
 namespace voxconv {
 namespace device {
 
-constexpr int kAnyThreads = 256;
+// Threads of a block. Three blocks are to fit on a multiprocessor: asked for nothing, the compiler
+// would leave fewer registers to a thread than it needs.
+constexpr int kAnyThreads = 256, kAnyResident = 3;
 
 // Blocks of a grid whose threads take their cells in turn; enough to fill any GPU several times.
 constexpr int64_t kMostBlocks = 1 << 16;
@@ -79,7 +81,7 @@ __device__ void for_each_reader(const Axis& axis, int mode, int64_t i, const F& 
 // y [n, C*m, o...] = activation(x [n, C, i...] * weight [C*m, 1, k...] + bias [C*m] or null). A
 // thread owns every all_threads()-th cell of y.
 template <class T>
-__global__ void __launch_bounds__(kAnyThreads)
+__global__ void __launch_bounds__(kAnyThreads, kAnyResident)
     depthwise_forward_any(Conv3dShape shape, View<const T> x, const T* weight, const T* bias,
                           int activation, View<T> y, bool channels_last) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kAnyThreads)
 // grad_x [n, C, i...] from grad [n, C*m, o...], weight [C, m, k...] and bias [C] or null. A thread
 // owns every all_threads()-th cell of grad_x.
 template <class T>
-__global__ void __launch_bounds__(kAnyThreads)
+__global__ void __launch_bounds__(kAnyThreads, kAnyResident)
     depthwise_grad_input_any(Conv3dShape shape, View<const T> grad, const T* weight, const T* bias,
                              View<T> grad_x, bool channels_last) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kAnyThreads)
 // grad_weight [C*m, 1, k...] from grad [n, C*m, o...] and x [n, C, i...]. A block owns one tap of
 // one filter; its threads share out the cells of grad, and their sums are added up in a tree.
 template <class T>
-__global__ void __launch_bounds__(kAnyThreads)
+__global__ void __launch_bounds__(kAnyThreads, kAnyResident)
     depthwise_grad_weight_any(Conv3dShape shape, View<const T> x, View<const T> grad,
                               T* grad_weight) {
   const Axis &d = shape.axis[0], &h = shape.axis[1], &w = shape.axis[2];
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kAnyThreads)
 
 // The sums of the channels of grad [n, C, o...]. A block owns a channel.
 template <class T>
-__global__ void __launch_bounds__(kAnyThreads)
+__global__ void __launch_bounds__(kAnyThreads, kAnyResident)
     channel_sum_any(View<const T> grad, int64_t batch, int64_t d, int64_t h, int64_t w, T* sums) {
   const int64_t cells = batch * d * h * w;
   Sum<T> sum = 0;

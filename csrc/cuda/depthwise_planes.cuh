@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward and grad_input of stride 1, dilation 1 and zeros, K taps along every axis, NCDHW. They
-// are one correlation: grad_input is that of the gradient with the kernel turned round.
+// Forward and grad_input of stride 1 and zeros, K taps along every axis, NCDHW. They are one
+// correlation: grad_input is that of the gradient with the kernel turned round. With a dilation, a
+// block has every dilation-th destination, which read every dilation-th cell of the source.
 //
 // A block owns a tile of lines and columns of a few channels, and walks along D through a slab of
 // destination planes. A plane of the source, with the halo of the tile and zeros beyond the volume,
@@ -18,21 +19,25 @@ namespace voxconv {
 namespace device {
 
 struct PlanesShape {
-  int64_t targets;              // batch * channels of the target
-  int channels, multiplier;     // of the target, targets that share a source
-  int source[3], target[3];     // sizes
-  int before[3];                // destination o reads from source cell o - before on
-  int tile_h, tile_w, tiles_w;  // of destinations
-  int slab, slabs;              // destination planes of a slab; slabs
-  int copy_bytes;               // of a copy to shared memory
-  bool turned;                  // the kernel is turned round
+  int64_t targets;           // batch * channels of the target
+  int channels, multiplier;  // of the target, targets that share a source
+  int source[3], target[3];  // sizes
+  int step[3];               // from tap to tap, and from destination to destination of a block
+  int before[3];             // destination o reads source cells o - before + step * k
+  int tile_h, tile_w;        // of destinations
+  int tiles_h, tiles_w;
+  int slab, slabs;  // destination planes of a slab; slabs
+  bool turned;      // the kernel is turned round
+  int copy_bytes;   // of a copy to shared memory
   int activation;
 };
 
 // Destinations of a thread: columns, and lines, fewer where the sums would leave no registers.
 constexpr int kColumns = 4;
 template <int K>
-constexpr int kLines = K > 5 ? 2 : 4;
+constexpr int kLines = K > 7   ? 1
+                       : K > 5 ? 2
+                               : 4;
 
 constexpr int kPlanesThreads = 128;  // of a block, at most
 
@@ -64,16 +69,13 @@ VOXCONV_HD constexpr int planes_shared(int tile_h, int tile_w) {
          2 * planes_lines<K>(tile_h) * planes_pitch<K, T>(tile_w) * int(sizeof(T));
 }
 
-// A thread's share of a plane and what lies around the tile that begins at destination (h, w), in
-// runs of `cells` cells that it copies to shared memory.
+// A thread's share of a plane and what lies around the tile, in runs of `cells` cells that it
+// copies to shared memory; the first line and column that the tile reads are (h, w) of the source.
 template <int K, class T>
 class Runs {
  public:
   __device__ Runs(const PlanesShape& a, int h, int w, int cells)
-      : a_(a),
-        h_(h - a.before[1]),
-        w_(w - a.before[2] - kLead<K, T>),
-        pitch_(planes_pitch<K, T>(a.tile_w)) {
+      : a_(a), h_(h), w_(w - kLead<K, T> * a.step[2]), pitch_(planes_pitch<K, T>(a.tile_w)) {
     const int threads = static_cast<int>(blockDim.x * blockDim.y), runs = pitch_ / cells;
     const int mine = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
     line_ = mine / runs, cell_ = mine % runs * cells;
@@ -87,7 +89,7 @@ class Runs {
   __device__ int place() const { return line_ * pitch_ + cell_; }
   // Its cell in the plane, or -1 where there are zeros.
   __device__ int source() const {
-    const int h = h_ + line_, w = w_ + cell_;
+    const int h = h_ + line_ * a_.step[1], w = w_ + cell_ * a_.step[2];
     const bool exists = h >= 0 && h < a_.source[1] && w >= 0 && w < a_.source[2];
     return exists ? h * a_.source[2] + w : -1;
   }
@@ -134,10 +136,10 @@ __device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, T
 }
 
 // What a plane of the source in shared memory adds to the sums of a thread: sum[kd] is of the plane
-// that reads it with tap kd.
-template <int K, class T>
-__device__ void add_plane(const T* cells, int pitch, const Sum<T>* taps,
-                          Sum<T> (&sum)[K][kLines<K>][kColumns]) {
+// that reads it with tap kd. Unless kWhole, the block only has those with first <= kd <= last.
+template <int K, bool kWhole, class T>
+__device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T>* taps, int first,
+                                          int last, Sum<T> (&sum)[K][kLines<K>][kColumns]) {
   using S = Sum<T>;
   // The first cell that is read, from the vector on that holds it.
   constexpr int kFirst = kLead<K, T> % 4, kVectors = (kFirst + kColumns + K - 1 + 3) / 4;
@@ -153,6 +155,7 @@ __device__ void add_plane(const T* cells, int pitch, const Sum<T>* taps,
       if (h < 0 || h >= kLines<K>) continue;
       VOXCONV_UNROLL
       for (int kd = 0; kd < K; ++kd) {
+        if (!kWhole && (kd < first || kd > last)) continue;
         S tap[kTapVectors][4];
         VOXCONV_UNROLL
         for (int i = 0; i < kTapVectors; ++i)
@@ -177,12 +180,19 @@ __global__ void __launch_bounds__(kPlanesThreads)
     depthwise_planes(PlanesShape a, const T* source, const T* weight, const T* bias, T* target) {
   using S = Sum<T>;
   constexpr int kThreadCells = kLines<K> * kColumns;
-  const int tiles = a.tiles_w * ((a.target[1] + a.tile_h - 1) / a.tile_h);
-  const int block = static_cast<int>(blockIdx.x), tile = block % tiles;
-  const int first = block / tiles % a.slabs * a.slab;  // destination plane
-  const int last = first + a.slab < a.target[0] ? first + a.slab : a.target[0];
-  const int h = tile / a.tiles_w * a.tile_h, w = tile % a.tiles_w * a.tile_w;
-  const int64_t number = static_cast<int64_t>(block / tiles / a.slabs) * blockDim.z + threadIdx.z;
+  int rest = static_cast<int>(blockIdx.x);
+  const auto part = [&](int parts) {
+    const int i = rest % parts;
+    rest /= parts;
+    return i;
+  };
+  // Where the block's destinations begin, and of them its tile and planes.
+  const int begin_w = part(a.step[2]), begin_h = part(a.step[1]), begin_d = part(a.step[0]);
+  const int w = part(a.tiles_w) * a.tile_w, h = part(a.tiles_h) * a.tile_h;
+  const int first = part(a.slabs) * a.slab;
+  const int planes_of = (a.target[0] - begin_d + a.step[0] - 1) / a.step[0];
+  const int last = first + a.slab < planes_of ? first + a.slab : planes_of;
+  const int64_t number = static_cast<int64_t>(rest) * blockDim.z + threadIdx.z;
   const bool exists = number < a.targets;
   const int64_t at = exists ? number : a.targets - 1;  // of the last block: works in vain
   const int64_t source_plane = int64_t(a.source[1]) * a.source[2];
@@ -215,10 +225,14 @@ __global__ void __launch_bounds__(kPlanesThreads)
   const int first_cell = static_cast<int>(threadIdx.y) * kLines<K> * pitch +
                          static_cast<int>(threadIdx.x) * kColumns + kLead<K, T> / 4 * 4;
   const int steps = last - first + K - 1;
+  const auto plane_at = [&](int step) {
+    return begin_d - a.before[0] + a.step[0] * (first + step);
+  };
   const auto copy = [&](int step) {
-    const int plane = first - a.before[0] + step;
+    const int plane = plane_at(step);
     if (step < steps && plane >= 0 && plane < a.source[0])
-      copy_plane<K>(a, from + plane * source_plane, h, w, planes + step % 2 * plane_size);
+      copy_plane<K>(a, from + plane * source_plane, begin_h - a.before[1] + a.step[1] * h,
+                    begin_w - a.before[2] + a.step[2] * w, planes + step % 2 * plane_size);
     commit_copies();
   };
   copy(0);
@@ -226,19 +240,29 @@ __global__ void __launch_bounds__(kPlanesThreads)
     wait_for_copies<0>();
     __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
     copy(step + 1);
-    const int plane = first - a.before[0] + step;
-    if (plane >= 0 && plane < a.source[0])
-      add_plane<K>(planes + step % 2 * plane_size + first_cell, pitch, taps, sum);
+    const int plane = plane_at(step);
+    if (plane >= 0 && plane < a.source[0]) {
+      const T* cells = planes + step % 2 * plane_size + first_cell;
+      const int least =
+          step - (last - first - 1);  // tap along D with which the last plane reads it
+      if (least <= 0 && step >= K - 1)
+        add_plane<K, true>(cells, pitch, taps, 0, K - 1, sum);
+      else
+        add_plane<K, false>(cells, pitch, taps, least, step, sum);
+    }
     // The plane that reads this one with its last tap has all it needs.
     const int d = first + step - (K - 1);
     if (d >= first && exists) {
       VOXCONV_UNROLL
       for (int i = 0; i < kLines<K>; ++i) {
-        const int row = h + static_cast<int>(threadIdx.y) * kLines<K> + i;
-        const int column = w + static_cast<int>(threadIdx.x) * kColumns;
+        const int q_h = h + static_cast<int>(threadIdx.y) * kLines<K> + i;
+        const int q_w = w + static_cast<int>(threadIdx.x) * kColumns;
+        const int row = begin_h + a.step[1] * q_h, column = begin_w + a.step[2] * q_w;
         if (row < a.target[1])
-          store_four(to + d * target_plane + row * int64_t(a.target[2]) + column, sum[K - 1][i],
-                     a.activation, a.target[2] - column, a.target[2] % 4 == 0);
+          store_four(
+              to + (begin_d + a.step[0] * d) * target_plane + row * int64_t(a.target[2]) + column,
+              sum[K - 1][i], a.activation, (a.target[2] - column + a.step[2] - 1) / a.step[2],
+              a.step[2] == 1 && a.target[2] % 4 == 0, a.step[2]);
       }
     }
     VOXCONV_UNROLL
@@ -253,24 +277,29 @@ __global__ void __launch_bounds__(kPlanesThreads)
   wait_for_copies<0>();
 }
 
-// Blocks of depthwise_planes have columns of so many threads at most, and as much shared memory as
-// a block may have without asking for more. Slabs are cut until there are so many blocks, two waves
-// of an H200's.
-constexpr int kPlanesColumn = 16, kPlanesShared = 48 << 10;
-constexpr int kPlanesBlocks = 2 * 132 * 4;
-// Slabs are never shorter than that many times the kernel.
-constexpr int kLeastSlab = 4;
+// Threads of a block along W, at most, and its shared memory: what it may have without asking for
+// more.
+constexpr int kPlanesWide = 16;
+constexpr size_t kPlanesShared = 48 << 10;
+// A plane of the source that a slab shares with the next takes this part of one of its own.
+constexpr double kPlanesEnds = 0.4;
 
-// Whether depthwise_planes can do a pass, if it has as many taps.
+// Whether depthwise_planes can do a pass, if it has as many taps, and had better.
 inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {
+  constexpr int64_t kMostDilation = 16;
   const Axis* axis = shape.axis;
   if (channels_last || shape.mode != kZeros) return false;
   if (backwards && shape.multiplier != 1) return false;
   for (int i = 0; i < 3; ++i)
-    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
+    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 ||
+        axis[i].dilation > kMostDilation ||
         axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
       return false;
-  return axis[1].in * axis[2].in <= INT32_MAX && axis[1].out * axis[2].out <= INT32_MAX;
+  if (axis[1].in * axis[2].in > INT32_MAX || axis[1].out * axis[2].out > INT32_MAX) return false;
+  // The columns of a block then lie apart, which costs bandwidth; depthwise_lines has them
+  // together.
+  const bool apart = axis[2].dilation == 2 || axis[2].dilation == 3;
+  return !(apart && axis[0].kernel == 3);
 }
 
 template <int K, class T, class Launch>
@@ -286,38 +315,48 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
     const Axis& axis = shape.axis[i];
     a.source[i] = static_cast<int>(backwards ? axis.out : axis.in);
     a.target[i] = static_cast<int>(backwards ? axis.in : axis.out);
-    a.before[i] = static_cast<int>(backwards ? K - 1 - axis.before : axis.before);
+    a.step[i] = static_cast<int>(axis.dilation);
+    a.before[i] = static_cast<int>(backwards ? axis.reach() - axis.before : axis.before);
   }
-  // Threads along w, then h, then over channels, until a block has all it may have.
-  const auto along = [&](int64_t cells, int64_t own, int64_t most) {
-    const int64_t threads = ceil_div(cells, own);
-    return static_cast<int>(threads < most ? threads : most);
+  const auto own = [&](int i, int cells) {  // threads, of the destinations that a block may have
+    return ceil_div(ceil_div(a.target[i], a.step[i]), cells);
   };
-  const int wide = along(a.target[2], kColumns, kPlanesColumn);
-  const int free = kPlanesThreads / wide;
-  const int high = along(a.target[1], kLines<K>, free < kPlanesColumn ? free : kPlanesColumn);
-  a.tile_w = wide * kColumns;
-  a.tile_h = high * kLines<K>;
-  const int shared = planes_shared<K, T>(a.tile_h, a.tile_w);
-  const int by_threads = free / high, by_shared = kPlanesShared / shared;
-  const int most = by_threads < by_shared ? by_threads : by_shared;
-  const int deep = static_cast<int>(most < a.targets ? most : a.targets);
-  a.tiles_w = static_cast<int>(ceil_div(a.target[2], a.tile_w));
-  const int64_t tiles = a.tiles_w * ceil_div(a.target[1], a.tile_h);
-  const int64_t rows = ceil_div(a.targets, deep), wanted = ceil_div(kPlanesBlocks, tiles * rows);
-  const int64_t slab = ceil_div(a.target[0], wanted);
-  a.slab = static_cast<int>(slab > kLeastSlab * K ? slab : kLeastSlab * K);
-  a.slabs = static_cast<int>(ceil_div(a.target[0], a.slab));
+  const auto shared = [](int64_t wide, int64_t high) -> size_t {
+    return planes_shared<K, T>(static_cast<int>(high) * kLines<K>,
+                               static_cast<int>(wide) * kColumns);
+  };
+  const int64_t depth = own(0, 1), phases = int64_t(a.step[0]) * a.step[1] * a.step[2];
+  Tile tile;
+  double least = 0;
+  for (int64_t slabs = 1; slabs <= depth; slabs += ceil_div(slabs, 3)) {
+    const int64_t slab = ceil_div(depth, slabs);
+    const Tile found =
+        best_tile(own(2, kColumns), own(1, kLines<K>), a.targets, phases * slabs, kPlanesWide,
+                  kPlanesThreads, double(K - 1) / kLines<K>, kPlanesShared, shared);
+    const double cost = found.cost * (slab + kPlanesEnds * (K - 1));
+    if (least != 0 && cost >= least) continue;
+    least = cost;
+    tile = found;
+    a.slab = static_cast<int>(slab);
+  }
+  a.slabs = static_cast<int>(ceil_div(depth, a.slab));
+  a.tile_w = tile.wide * kColumns;
+  a.tile_h = tile.high * kLines<K>;
+  a.tiles_w = static_cast<int>(ceil_div(own(2, 1), a.tile_w));
+  a.tiles_h = static_cast<int>(ceil_div(own(1, 1), a.tile_h));
   // Copies are as wide as lines, and where tiles begin in them, are aligned.
   a.copy_bytes = 16;
   const auto aligned = [&](int bytes) {
-    const int64_t cells = bytes / int(sizeof(T));
-    return a.source[2] % cells == 0 && (a.before[2] - K / 2) % cells == 0 &&
-           reinterpret_cast<uintptr_t>(source) % bytes == 0;
+    const int cells = bytes / int(sizeof(T));
+    return a.step[2] == 1 && a.source[2] % cells == 0 && a.tile_w % cells == 0 &&
+           (a.before[2] - K / 2) % cells == 0 && reinterpret_cast<uintptr_t>(source) % bytes == 0;
   };
   while (a.copy_bytes > int(sizeof(T)) && !aligned(a.copy_bytes)) a.copy_bytes /= 2;
-  launch(depthwise_planes<T, K>, static_cast<unsigned>(tiles * a.slabs * rows),
-         dim3(wide, high, deep), deep * shared, a, source, weight, bias, target);
+  const int64_t blocks =
+      int64_t(a.tiles_w) * a.tiles_h * a.slabs * phases * ceil_div(a.targets, tile.deep);
+  launch(depthwise_planes<T, K>, static_cast<unsigned>(blocks),
+         dim3(tile.wide, tile.high, tile.deep), tile.deep * shared(tile.wide, tile.high), a, source,
+         weight, bias, target);
 }
 
 // By depthwise_planes, if it can: `target` = activation(source * weight + bias).
@@ -334,6 +373,7 @@ bool by_planes(const Launch& launch, const Conv3dShape& shape, bool channels_las
       case 3: run(std::integral_constant<int, 3>{}); return true;
       case 5: run(std::integral_constant<int, 5>{}); return true;
       case 7: run(std::integral_constant<int, 7>{}); return true;
+      case 9: run(std::integral_constant<int, 9>{}); return true;
       default: break;
     }
   }

@@ -75,6 +75,14 @@ __device__ inline void load_four(const float* from, float (&to)[4]) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
                : "memory");
 }
+__device__ inline void load_four(const double* from, double (&to)[4]) {
+  asm volatile(
+      "ld.shared.v2.f64 {%0, %1}, [%4];\n"
+      "ld.shared.v2.f64 {%2, %3}, [%4 + 16];"
+      : "=d"(to[0]), "=d"(to[1]), "=d"(to[2]), "=d"(to[3])
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
+      : "memory");
+}
 __device__ inline void load_two_words(const void* from, unsigned& low, unsigned& high) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                : "=r"(low), "=r"(high)
@@ -146,19 +154,63 @@ __device__ __forceinline__ S activate(S x, int activation) {
   }
 }
 
+// Copies an element to shared memory, widened, or a zero; later, if it need not be widened.
+template <class T>
+__device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
+  if constexpr (std::is_same_v<T, Sum<T>>)
+    copy_later<sizeof(T)>(to, from, exists);
+  else
+    *to = exists ? widen(*from) : Sum<T>(0);
+}
+
+// Copies every `by`-th of `count` cells of a column, from the `first` on. Cell i is of line
+// `line` + `step` * i of the source, a zero if that is none of its `lines`. Those that are widened
+// are loaded a few at a time: they wait for memory together.
+template <class T>
+__device__ __forceinline__ void copy_column(const T* from, int64_t pitch, int line, int step,
+                                            int lines, int first, int by, int count, Sum<T>* to,
+                                            int to_pitch) {
+  constexpr int kTogether = std::is_same_v<T, Sum<T>> ? 1 : 4;
+  line += step * first;
+  step *= by;
+  from += line * pitch;
+  to += first * to_pitch;
+  for (int i = first; i < count; i += kTogether * by) {
+    T cell[kTogether];
+    VOXCONV_UNROLL
+    for (int n = 0; n < kTogether; ++n) {
+      const bool exists = line >= 0 && line < lines;
+      if constexpr (kTogether == 1)
+        copy_async(to, from, exists);
+      else if (exists && i + n * by < count)
+        cell[n] = *from;
+      else
+        narrow(cell[n], 0);
+      line += step, from += step * pitch;
+    }
+    VOXCONV_UNROLL
+    for (int n = 0; n < kTogether; ++n, to += by * to_pitch)
+      if (kTogether > 1 && i + n * by < count) *to = widen(cell[n]);
+  }
+}
+
 // Four neighbours, at an address that is a multiple of all four or of 16 bytes.
 template <class T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T of[4];
 };
 // Stores four outputs, or only the first `count`, one by one, if they are fewer or may lie
-// anywhere.
+// anywhere; then also with gaps.
 template <class T>
 __device__ inline void store_four(T* to, const Sum<T> (&sums)[4], int activation, int count,
-                                  bool aligned) {
+                                  bool aligned, int step = 1) {
   Sum<T> from[4];
   VOXCONV_UNROLL
-  for (int i = 0; i < 4; ++i) from[i] = activate(sums[i], activation);
+  for (int i = 0; i < 4; ++i) from[i] = sums[i];
+  if (activation != kIdentity) {
+    VOXCONV_UNROLL
+    for (int i = 0; i < 4; ++i) from[i] = activate(sums[i], activation);
+  }
   if (aligned && count >= 4) {
     Four<T> four;
     VOXCONV_UNROLL
@@ -168,7 +220,7 @@ __device__ inline void store_four(T* to, const Sum<T> (&sums)[4], int activation
   }
   VOXCONV_UNROLL
   for (int i = 0; i < 4; ++i)
-    if (i < count) narrow(to[i], from[i]);
+    if (i < count) narrow(to[i * step], from[i]);
 }
 
 // A tensor [n, c, d, h, w] of any strides, in elements.
