@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+// grad_weight of stride 1, dilation 1 and zeros, K taps along every axis, NCDHW:
+//   grad_weight[f, kd, kh, kw] = sum of grad[n, f, d, h, w] * x[n, c, d + kd - before, ...].
+//
+// A block owns a tile of lines and columns of a slab of planes of grad, of a few filters. It walks
+// along D over the planes of x, which are copied to shared memory, with the halo of the tile and
+// zeros beyond the volume, while the one before is worked on. A thread owns a patch of 4 lines and
+// 4 columns of grad, which it loads to registers, and the sums of all taps of some kd: for 3 taps
+// all 27, with the patch of three planes; for 5 and 7 those of one kd, and K groups of threads
+// share the plane of x. A plane of x costs a thread (K+3) * ceil((K+3)/4) vectors from shared
+// memory, 4 lanes' lines of grad, and 16 K^2 multiply-adds for each kd:
+//   K = 3: 12 vectors for 432 multiply-adds, 5: 16 for 400, 7: 30 for 784; a vector takes a warp 4
+// clocks of the multiprocessor, a multiply-add a quarter of one.
+// The sums of the threads of a block are added in a fixed order and left for sum_partials.
+//
+// A patch that would leave the volume is moved back to end with it, and cells of its neighbour that
+// it then has count as zeros: a tap is never multiplied with a cell of x that it does not meet.
+#pragma once
+#include "launch.cuh"
+#include "sum_partials.cuh"
+
+namespace voxconv {
+namespace device {
+
+// Lines and columns of a patch.
+constexpr int kPatch = 4;
+
+// Tap planes of a thread; groups of threads that share out all K of them; threads of a block, and
+// blocks of a multiprocessor that registers are to be left for.
+template <int K>
+constexpr int kTapPlanes = K == 3 ? 3 : 1;
+template <int K>
+constexpr int kTapGroups = K / kTapPlanes<K>;
+template <int K>
+constexpr int kSlabThreads = K == 3 ? 128 : 32 * K;
+template <int K>
+constexpr int kSlabBlocks = 512 / kSlabThreads<K>;  // 128 registers a thread
+
+struct SlabsShape {
+  int64_t targets;                  // batch * filters
+  int filters, multiplier;          // filters that share a channel of x
+  int x[3], grad[3], before[3];     // sizes; grad cell o reads x from o - before on
+  int tiles_w, tiles, slab, slabs;  // tiles along w, of a plane; planes of a slab, slabs
+  int main, pitch, lines;           // of a plane of x in shared memory: columns but for those of a
+                                    // patch that is moved back, all of them, lines
+  int copy_lanes, copy_rows;        // threads of a filter that copy it, along columns and lines
+  bool aligned;                     // patches of grad begin at a multiple of 4 elements
+};
+
+// Columns of x of a tile or patch of so many columns of grad, in whole vectors.
+template <int K>
+VOXCONV_HD constexpr int halo_columns(int columns) {
+  return columns + (K - 1 + 3) / 4 * 4;
+}
+
+__device__ inline int least(int a, int b) { return a < b ? a : b; }
+__device__ inline int most(int a, int b) { return a > b ? a : b; }
+
+// The patch of a thread in a plane of grad: it begins at (h, w), where lines < skip_h and columns
+// < skip_w belong to another thread.
+struct Patch {
+  int h, w, skip_h, skip_w;
+};
+
+template <class T>
+__device__ inline void load_patch(const T* cells, int width, const Patch& patch, bool aligned,
+                                  Four<T> (&to)[kPatch]) {
+  VOXCONV_UNROLL
+  for (int i = 0; i < kPatch; ++i) {
+    const T* from = cells + i * width;
+    VOXCONV_UNROLL
+    for (int j = 0; j < kPatch; ++j) narrow(to[i].of[j], 0);
+    if (i < patch.skip_h || patch.skip_w >= kPatch) continue;
+    if (aligned) {
+      to[i] = *reinterpret_cast<const Four<T>*>(from);
+      continue;
+    }
+    VOXCONV_UNROLL
+    for (int j = 0; j < kPatch; ++j)
+      if (j >= patch.skip_w) to[i].of[j] = from[j];
+  }
+}
+
+// The products of a patch of grad, of planes [First, Last), and a plane of x.
+template <int K, int First, int Last, class S>
+__device__ __forceinline__ void add_patch(const S* cells, int pitch,
+                                          const S (&grad)[kTapPlanes<K>][kPatch][kPatch],
+                                          S (&sum)[kTapPlanes<K>][K][K]) {
+  constexpr int kCells = halo_columns<K>(kPatch);
+  VOXCONV_UNROLL
+  for (int line = 0; line < kPatch + K - 1; ++line) {
+    S x[kCells];
+    VOXCONV_UNROLL
+    for (int i = 0; i < kCells; i += 4)
+      if (i < kPatch + K - 1) load_four(cells + line * pitch + i, x + i);
+    VOXCONV_UNROLL
+    for (int kh = 0; kh < K; ++kh) {
+      const int h = line - kh;
+      if (h < 0 || h >= kPatch) continue;
+      VOXCONV_UNROLL
+      for (int kd = First; kd < Last; ++kd) {
+        VOXCONV_UNROLL
+        for (int w = 0; w < kPatch; ++w) {
+          VOXCONV_UNROLL
+          for (int kw = 0; kw < K; ++kw) sum[kd][kh][kw] += x[w + kw] * grad[kd][h][w];
+        }
+      }
+    }
+  }
+}
+
+// Sums of shared memory that a filter of a block needs: two planes of x, or a line of taps of all
+// threads.
+template <int K>
+VOXCONV_HD constexpr int fold_pitch(int threads) {
+  return threads / kTapGroups<K> | 1;
+}
+template <int K>
+inline int slabs_shared(const SlabsShape& a, int threads) {
+  const int planes = 2 * a.lines * a.pitch, fold = (K * K * fold_pitch<K>(threads) + 3) / 4 * 4;
+  return planes > fold ? planes : fold;
+}
+
+// blockDim is [patches of a tile along w, along h, filters of a block * groups]; blocks are counted
+// by tiles, then by slabs, then by filters.
+template <class T, int K>
+__global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
+    depthwise_weight_slabs(SlabsShape a, int shared, const T* x, const T* grad, Sum<T>* partials) {
+  using S = Sum<T>;
+  constexpr int kPlanes = kTapPlanes<K>, kGroups = kTapGroups<K>;
+  const int block = static_cast<int>(blockIdx.x), tile = block % a.tiles;
+  const int slab = block / a.tiles % a.slabs, first = slab * a.slab;  // plane of grad
+  const int last = first + a.slab < a.grad[0] ? first + a.slab : a.grad[0];
+  const int group_threads = static_cast<int>(blockDim.x * blockDim.y);
+  const int in_group = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int group = static_cast<int>(threadIdx.z) % kGroups, deep = threadIdx.z / kGroups;
+  const int threads = group_threads * kGroups, thread = group * group_threads + in_group;
+  const int64_t number =
+      static_cast<int64_t>(block / a.tiles / a.slabs) * (blockDim.z / kGroups) + deep;
+  const int64_t at = number < a.targets ? number : a.targets - 1;  // of the last: works in vain
+  const int64_t n = at / a.filters, filter = at % a.filters;
+  S* planes = shared_memory<S>() + deep * shared;
+  S* results = nullptr;
+  if (number < a.targets)
+    results = partials + (((n * a.slabs + slab) * a.tiles + tile) * a.filters + filter) * K * K * K;
+
+  // The tile begins at column `left` and line `top`; its lines before `fresh` are another tile's.
+  const int wide = kPatch * static_cast<int>(blockDim.x), left = tile % a.tiles_w * wide;
+  const int tall = kPatch * static_cast<int>(blockDim.y), fresh = tile / a.tiles_w * tall;
+  const int top = least(fresh, most(a.grad[1] - tall, 0));
+
+  // Where plane p of x is copied to shared memory: what exists of it, the rest stays zero.
+  const int plane_size = a.lines * a.pitch;
+  for (int i = thread; i < 2 * plane_size; i += threads) planes[i] = 0;
+  const int copy_lane = thread % a.copy_lanes, copy_row = thread / a.copy_lanes;
+  const int x_top = top - a.before[1], x_left = left - a.before[2];
+  const int copy_end = copy_row < a.copy_rows ? least(a.lines, a.x[1] - x_top) : 0;
+  const int copy_begin = most(-x_top, 0) + copy_row;
+  const int64_t x_plane = int64_t(a.x[1]) * a.x[2];
+  const T* source = x + (n * (a.filters / a.multiplier) + filter / a.multiplier) * a.x[0] * x_plane;
+  const auto copy = [&](int plane) {
+    for (int j = copy_lane; j < a.pitch; j += a.copy_lanes) {
+      const int w = x_left + j + (j < a.main ? 0 : a.grad[2] - kPatch - left - a.main);
+      if (w < 0 || w >= a.x[2]) continue;
+      const T* from = source + plane * x_plane + w;
+      S* to = planes + plane % 2 * plane_size + j;
+      for (int i = copy_begin; i < copy_end; i += a.copy_rows)
+        copy_async(to + i * a.pitch, from + (x_top + i) * a.x[2], true);
+    }
+    commit_copies();
+  };
+
+  Patch patch;
+  const int line = top + kPatch * static_cast<int>(threadIdx.y);
+  const int column = left + kPatch * static_cast<int>(threadIdx.x);
+  patch.h = least(line, a.grad[1] - kPatch);
+  patch.w = least(column, a.grad[2] - kPatch);
+  patch.skip_h = most(line, fresh) - patch.h;
+  patch.skip_w = column - patch.w;
+  const bool in_line = (column - patch.w) % kPatch == 0;
+  const S* own_cells = planes + (patch.h - top) * a.pitch + (in_line ? patch.w - left : a.main);
+
+  // Plane p of x meets plane p + ahead - i of grad at the thread's i-th kd.
+  const int ahead = a.before[0] - group * kPlanes;
+  const int64_t grad_plane = int64_t(a.grad[1]) * a.grad[2];
+  const T* own = grad + at * a.grad[0] * grad_plane + patch.h * a.grad[2] + patch.w;
+  const auto meets = [&](int plane) { return plane >= first && plane < last; };
+  const auto load = [&](int plane, Four<T>(&to)[kPatch]) {
+    if (meets(plane)) load_patch(own + plane * grad_plane, a.grad[2], patch, a.aligned, to);
+  };
+  const int begin = most(first - a.before[0], 0);
+  const int end = least(last - a.before[0] + K - 1, a.x[0]);
+  S sum[kPlanes][K][K], patches[kPlanes][kPatch][kPatch];
+  VOXCONV_UNROLL
+  for (int i = 0; i < kPlanes * K * K; ++i) sum[i / K / K][i / K % K][i % K] = 0;
+  Four<T> next[kPatch] = {};
+  const auto take_next = [&] {
+    VOXCONV_UNROLL
+    for (int i = kPlanes - 1; i > 0; --i) {
+      VOXCONV_UNROLL
+      for (int j = 0; j < kPatch * kPatch; ++j)
+        patches[i][j / kPatch][j % kPatch] = patches[i - 1][j / kPatch][j % kPatch];
+    }
+    VOXCONV_UNROLL
+    for (int j = 0; j < kPatch * kPatch; ++j)
+      patches[0][j / kPatch][j % kPatch] = widen(next[j / kPatch].of[j % kPatch]);
+  };
+  for (int i = kPlanes - 1; i > 0; --i) {
+    load(begin + ahead - i, next);
+    take_next();
+  }
+  load(begin + ahead, next);
+  __syncthreads();  // the zeros are there
+  if (begin < end) copy(begin);
+  for (int plane = begin; plane < end; ++plane) {
+    wait_for_copies<0>();
+    __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
+    if (plane + 1 < end) copy(plane + 1);
+    take_next();
+    const int d = plane + ahead;
+    load(d + 1, next);
+    const S* cells = own_cells + plane % 2 * plane_size;
+    if (meets(d) && meets(d - kPlanes + 1))
+      add_patch<K, 0, kPlanes>(cells, a.pitch, patches, sum);
+    else if constexpr (kPlanes > 1) {
+      if (meets(d)) add_patch<K, 0, 1>(cells, a.pitch, patches, sum);
+      if (meets(d - 1)) add_patch<K, 1, 2>(cells, a.pitch, patches, sum);
+      if (meets(d - 2)) add_patch<K, 2, 3>(cells, a.pitch, patches, sum);
+    }
+  }
+
+  const int pitch = fold_pitch<K>(threads);
+  VOXCONV_UNROLL
+  for (int kh = 0; kh < K; ++kh) {
+    __syncthreads();  // nobody reads what was there
+    VOXCONV_UNROLL
+    for (int i = 0; i < kPlanes * K; ++i)
+      planes[(group * kPlanes * K + i) * pitch + in_group] = sum[i / K][kh][i % K];
+    __syncthreads();
+    for (int tap = thread; tap < K * K; tap += threads) {
+      S total = 0;
+      for (int i = 0; i < group_threads; ++i) total += planes[tap * pitch + i];
+      if (results) results[(tap / K * K + kh) * K + tap % K] = total;
+    }
+  }
+}
+
+// Slabs have at most so many planes, because a thread adds 16 products of each to a sum, one after
+// the other, and at least so many where they are cut to give the multiprocessors enough blocks.
+constexpr int kMostGradSlab = 16, kLeastGradSlab = 4;
+constexpr int kSlabsBlocks = 2 * 132;
+constexpr int kSlabsColumn = 16;        // patches of a tile along w, at most
+constexpr int kSlabsShared = 48 << 10;  // bytes of a block, at most
+
+// Whether depthwise_weight_slabs can do it, if there are as many taps.
+inline bool slabs_suit(const Conv3dShape& shape, bool channels_last) {
+  const Axis* axis = shape.axis;
+  if (channels_last || shape.mode != kZeros || shape.batch == 0) return false;
+  for (int i = 0; i < 3; ++i)
+    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
+        axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
+      return false;
+  const auto plane_fits = [](int64_t h, int64_t w) { return h * w < INT32_MAX; };
+  return axis[1].out >= kPatch && axis[2].out >= kPatch && plane_fits(axis[1].in, axis[2].in) &&
+         plane_fits(axis[1].out, axis[2].out);
+}
+
+// `all` things, at most `most` to a tile: how many a tile has, where tiles are as even as can be.
+inline int even_tile(int64_t all, int64_t most) {
+  return static_cast<int>(ceil_div(all, ceil_div(all, most)));
+}
+
+template <int K, class T, class Launch>
+void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, const T* grad,
+                  T* grad_weight) {
+  using S = Sum<T>;
+  constexpr int kGroups = kTapGroups<K>;
+  SlabsShape a;
+  a.multiplier = static_cast<int>(shape.multiplier);
+  a.filters = static_cast<int>(shape.channels * shape.multiplier);
+  a.targets = shape.batch * a.filters;
+  for (int i = 0; i < 3; ++i) {
+    a.x[i] = static_cast<int>(shape.axis[i].in);
+    a.grad[i] = static_cast<int>(shape.axis[i].out);
+    a.before[i] = static_cast<int>(shape.axis[i].before);
+  }
+  // Threads along w, then h, then over filters, until a block has all it may have.
+  const int64_t patches_w = ceil_div(a.grad[2], kPatch), patches_h = ceil_div(a.grad[1], kPatch);
+  const int wide = even_tile(patches_w, kSlabsColumn);
+  const int high = even_tile(patches_h, kSlabThreads<K> / kGroups / wide);
+  const int threads = wide * high * kGroups;
+  a.main = halo_columns<K>(wide * kPatch);
+  a.pitch = a.main + (a.grad[2] % kPatch ? halo_columns<K>(kPatch) : 0);
+  a.lines = high * kPatch + K - 1;
+  a.copy_lanes = even_tile(a.pitch, threads < 32 ? threads : 32);
+  a.copy_rows = threads / a.copy_lanes;
+  a.aligned = a.grad[2] % kPatch == 0 && reinterpret_cast<uintptr_t>(grad) % sizeof(Four<T>) == 0;
+  const int shared = slabs_shared<K>(a, threads), bytes = shared * static_cast<int>(sizeof(S));
+  const int by_threads = kSlabThreads<K> / threads, by_shared = kSlabsShared / bytes;
+  const int fit = by_threads < by_shared ? by_threads : by_shared;
+  const int deep = static_cast<int>(fit < a.targets ? fit : a.targets);
+  a.tiles_w = static_cast<int>(ceil_div(patches_w, wide));
+  a.tiles = a.tiles_w * static_cast<int>(ceil_div(patches_h, high));
+  const int64_t blocks = a.tiles * ceil_div(a.targets, deep);
+  const int64_t slab = ceil_div(a.grad[0], ceil_div(kSlabsBlocks, blocks));
+  a.slab = even_tile(a.grad[0], slab > kMostGradSlab    ? kMostGradSlab
+                                : slab < kLeastGradSlab ? kLeastGradSlab
+                                                        : slab);
+  a.slabs = static_cast<int>(ceil_div(a.grad[0], a.slab));
+  const int64_t parts = shape.batch * a.slabs * a.tiles, count = a.filters * shape.taps();
+  auto* partials = static_cast<S*>(launch.scratch(parts * count * sizeof(S)));
+  launch(depthwise_weight_slabs<T, K>, static_cast<unsigned>(blocks * a.slabs),
+         dim3(wide, high, deep * kGroups), deep * bytes, a, shared, x, grad, partials);
+  launch_sum_partials(launch, partials, parts, count, grad_weight);
+}
+
+// By depthwise_weight_slabs, if it can.
+template <class T, class Launch>
+bool by_slabs(const Launch& launch, const Conv3dShape& shape, bool channels_last, const T* x,
+              const T* grad, T* grad_weight) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!slabs_suit(shape, channels_last)) return false;
+    const auto run = [&](auto k) {
+      launch_slabs<decltype(k)::value>(launch, shape, x, grad, grad_weight);
+    };
+    switch (shape.axis[0].kernel) {
+      case 3: run(std::integral_constant<int, 3>{}); return true;
+      case 5: run(std::integral_constant<int, 5>{}); return true;
+      case 7: run(std::integral_constant<int, 7>{}); return true;
+      default: break;
+    }
+  }
+  return false;
+}
+
+}  // namespace device
+}  // namespace voxconv
