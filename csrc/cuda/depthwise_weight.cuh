@@ -34,7 +34,7 @@ constexpr int kTapGroups = K / kTapPlanes<K>;
 template <int K>
 constexpr int kSlabThreads = K == 3 ? 128 : 32 * K;
 template <int K>
-constexpr int kSlabBlocks = 512 / kSlabThreads<K>;  // 128 registers a thread
+constexpr int kSlabBlocks = K == 7 ? 2 : 3;
 
 struct SlabsShape {
   int64_t targets;                  // batch * filters
@@ -44,13 +44,16 @@ struct SlabsShape {
   int main, pitch, lines;           // of a plane of x in shared memory: columns but for those of a
                                     // patch that is moved back, all of them, lines
   int copy_lanes, copy_rows;        // threads of a filter that copy it, along columns and lines
-  bool aligned;                     // patches of grad begin at a multiple of 4 elements
 };
 
-// Columns of x of a tile or patch of so many columns of grad, in whole vectors.
+// Columns of x of a tile or patch of so many columns of grad. They begin so many before those that
+// are read that, where the padding is half of the kernel, vectors of x are copied as they lie in
+// memory.
 template <int K>
-VOXCONV_HD constexpr int halo_columns(int columns) {
-  return columns + (K - 1 + 3) / 4 * 4;
+constexpr int kLead = (kPatch - (K - 1) / 2 % kPatch) % kPatch;
+template <int K>
+VOXCONV_HD constexpr int x_columns(int columns) {
+  return columns + (kLead<K> + K - 1 + kPatch - 1) / kPatch * kPatch;
 }
 
 __device__ inline int least(int a, int b) { return a < b ? a : b; }
@@ -62,37 +65,56 @@ struct Patch {
   int h, w, skip_h, skip_w;
 };
 
-template <class T>
-__device__ inline void load_patch(const T* cells, int width, const Patch& patch, bool aligned,
+template <class Unit, class T>
+__device__ inline void load_patch(const T* cells, int width, const Patch& patch,
                                   Four<T> (&to)[kPatch]) {
   VOXCONV_UNROLL
   for (int i = 0; i < kPatch; ++i) {
-    const T* from = cells + i * width;
     VOXCONV_UNROLL
     for (int j = 0; j < kPatch; ++j) narrow(to[i].of[j], 0);
-    if (i < patch.skip_h || patch.skip_w >= kPatch) continue;
-    if (aligned) {
-      to[i] = *reinterpret_cast<const Four<T>*>(from);
-      continue;
+    const T* from = cells + i * width;
+    const bool own = i >= patch.skip_h;
+    if constexpr (std::is_same_v<Unit, Four<T>>) {
+      if (own && patch.skip_w == 0) to[i] = *reinterpret_cast<const Four<T>*>(from);
+    } else {
+      VOXCONV_UNROLL
+      for (int j = 0; j < kPatch; ++j)
+        if (own && j >= patch.skip_w) to[i].of[j] = from[j];
     }
-    VOXCONV_UNROLL
-    for (int j = 0; j < kPatch; ++j)
-      if (j >= patch.skip_w) to[i].of[j] = from[j];
+  }
+}
+
+// Copies `count` units of a column to shared memory.
+template <class Unit>
+__device__ inline void copy_column(Unit* to, int to_step, const Unit* from, int from_step,
+                                   int count) {
+  if constexpr (sizeof(Unit) >= 4) {
+    for (; count > 0; --count, to += to_step, from += from_step) copy_later(to, from, true);
+  } else {  // while the thread waits: many at once
+    constexpr int kUnits = 8;
+    for (; count > 0; count -= kUnits, to += kUnits * to_step, from += kUnits * from_step) {
+      Unit units[kUnits];
+      VOXCONV_UNROLL
+      for (int i = 0; i < kUnits; ++i)
+        if (i < count) units[i] = from[i * from_step];
+      VOXCONV_UNROLL
+      for (int i = 0; i < kUnits; ++i)
+        if (i < count) to[i * to_step] = units[i];
+    }
   }
 }
 
 // The products of a patch of grad, of planes [First, Last), and a plane of x.
-template <int K, int First, int Last, class S>
-__device__ __forceinline__ void add_patch(const S* cells, int pitch,
+template <int K, int First, int Last, class T, class S>
+__device__ __forceinline__ void add_patch(const T* cells, int pitch,
                                           const S (&grad)[kTapPlanes<K>][kPatch][kPatch],
                                           S (&sum)[kTapPlanes<K>][K][K]) {
-  constexpr int kCells = halo_columns<K>(kPatch);
+  constexpr int kCells = x_columns<K>(kPatch);
   VOXCONV_UNROLL
   for (int line = 0; line < kPatch + K - 1; ++line) {
     S x[kCells];
     VOXCONV_UNROLL
-    for (int i = 0; i < kCells; i += 4)
-      if (i < kPatch + K - 1) load_four(cells + line * pitch + i, x + i);
+    for (int i = 0; i < kCells; i += kPatch) load_four(cells + line * pitch + i, x + i);
     VOXCONV_UNROLL
     for (int kh = 0; kh < K; ++kh) {
       const int h = line - kh;
@@ -102,28 +124,29 @@ __device__ __forceinline__ void add_patch(const S* cells, int pitch,
         VOXCONV_UNROLL
         for (int w = 0; w < kPatch; ++w) {
           VOXCONV_UNROLL
-          for (int kw = 0; kw < K; ++kw) sum[kd][kh][kw] += x[w + kw] * grad[kd][h][w];
+          for (int kw = 0; kw < K; ++kw) sum[kd][kh][kw] += x[kLead<K> + w + kw] * grad[kd][h][w];
         }
       }
     }
   }
 }
 
-// Sums of shared memory that a filter of a block needs: two planes of x, or a line of taps of all
-// threads.
+// Bytes of shared memory that a filter of a block needs: two planes of x, or the sums of a line of
+// taps, kh, of all threads.
 template <int K>
 VOXCONV_HD constexpr int fold_pitch(int threads) {
   return threads / kTapGroups<K> | 1;
 }
-template <int K>
-inline int slabs_shared(const SlabsShape& a, int threads) {
-  const int planes = 2 * a.lines * a.pitch, fold = (K * K * fold_pitch<K>(threads) + 3) / 4 * 4;
-  return planes > fold ? planes : fold;
+template <int K, class T>
+int slabs_shared(const SlabsShape& a, int threads) {
+  const int planes = 2 * a.lines * a.pitch * static_cast<int>(sizeof(T));
+  const int fold = K * K * fold_pitch<K>(threads) * static_cast<int>(sizeof(Sum<T>));
+  return ((planes > fold ? planes : fold) + 15) / 16 * 16;
 }
 
 // blockDim is [patches of a tile along w, along h, filters of a block * groups]; blocks are counted
 // by tiles, then by slabs, then by filters.
-template <class T, int K>
+template <class T, int K, class Unit>
 __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
     depthwise_weight_slabs(SlabsShape a, int shared, const T* x, const T* grad, Sum<T>* partials) {
   using S = Sum<T>;
@@ -139,7 +162,8 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
       static_cast<int64_t>(block / a.tiles / a.slabs) * (blockDim.z / kGroups) + deep;
   const int64_t at = number < a.targets ? number : a.targets - 1;  // of the last: works in vain
   const int64_t n = at / a.filters, filter = at % a.filters;
-  S* planes = shared_memory<S>() + deep * shared;
+  unsigned char* own_memory = shared_memory<unsigned char>() + deep * shared;
+  T* planes = reinterpret_cast<T*>(own_memory);
   S* results = nullptr;
   if (number < a.targets)
     results = partials + (((n * a.slabs + slab) * a.tiles + tile) * a.filters + filter) * K * K * K;
@@ -151,21 +175,24 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
 
   // Where plane p of x is copied to shared memory: what exists of it, the rest stays zero.
   const int plane_size = a.lines * a.pitch;
-  for (int i = thread; i < 2 * plane_size; i += threads) planes[i] = 0;
+  for (int i = thread; i < 2 * plane_size; i += threads) narrow(planes[i], 0);
   const int copy_lane = thread % a.copy_lanes, copy_row = thread / a.copy_lanes;
-  const int x_top = top - a.before[1], x_left = left - a.before[2];
-  const int copy_end = copy_row < a.copy_rows ? least(a.lines, a.x[1] - x_top) : 0;
+  const int x_top = top - a.before[1], x_left = left - a.before[2] - kLead<K>;
   const int copy_begin = most(-x_top, 0) + copy_row;
+  const int copy_end = least(a.lines, a.x[1] - x_top);
+  const int copy_count = (copy_end - copy_begin + a.copy_rows - 1) / a.copy_rows;
   const int64_t x_plane = int64_t(a.x[1]) * a.x[2];
   const T* source = x + (n * (a.filters / a.multiplier) + filter / a.multiplier) * a.x[0] * x_plane;
   const auto copy = [&](int plane) {
-    for (int j = copy_lane; j < a.pitch; j += a.copy_lanes) {
+    constexpr int kWide = sizeof(Unit) / sizeof(T);
+    const T* from = source + plane * x_plane + (x_top + copy_begin) * a.x[2];
+    T* to = planes + plane % 2 * plane_size + copy_begin * a.pitch;
+    for (int j = copy_lane * kWide; j < a.pitch; j += a.copy_lanes * kWide) {
       const int w = x_left + j + (j < a.main ? 0 : a.grad[2] - kPatch - left - a.main);
-      if (w < 0 || w >= a.x[2]) continue;
-      const T* from = source + plane * x_plane + w;
-      S* to = planes + plane % 2 * plane_size + j;
-      for (int i = copy_begin; i < copy_end; i += a.copy_rows)
-        copy_async(to + i * a.pitch, from + (x_top + i) * a.x[2], true);
+      if (w >= 0 && w < a.x[2] && copy_row < a.copy_rows)
+        copy_column(reinterpret_cast<Unit*>(to + j), a.copy_rows * a.pitch / kWide,
+                    reinterpret_cast<const Unit*>(from + w), a.copy_rows * a.x[2] / kWide,
+                    copy_count);
     }
     commit_copies();
   };
@@ -178,7 +205,7 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
   patch.skip_h = most(line, fresh) - patch.h;
   patch.skip_w = column - patch.w;
   const bool in_line = (column - patch.w) % kPatch == 0;
-  const S* own_cells = planes + (patch.h - top) * a.pitch + (in_line ? patch.w - left : a.main);
+  const T* own_cells = planes + (patch.h - top) * a.pitch + (in_line ? patch.w - left : a.main);
 
   // Plane p of x meets plane p + ahead - i of grad at the thread's i-th kd.
   const int ahead = a.before[0] - group * kPlanes;
@@ -186,7 +213,7 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
   const T* own = grad + at * a.grad[0] * grad_plane + patch.h * a.grad[2] + patch.w;
   const auto meets = [&](int plane) { return plane >= first && plane < last; };
   const auto load = [&](int plane, Four<T>(&to)[kPatch]) {
-    if (meets(plane)) load_patch(own + plane * grad_plane, a.grad[2], patch, a.aligned, to);
+    if (meets(plane)) load_patch<Unit>(own + plane * grad_plane, a.grad[2], patch, to);
   };
   const int begin = most(first - a.before[0], 0);
   const int end = least(last - a.before[0] + K - 1, a.x[0]);
@@ -215,11 +242,11 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
   for (int plane = begin; plane < end; ++plane) {
     wait_for_copies<0>();
     __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
-    if (plane + 1 < end) copy(plane + 1);
-    take_next();
     const int d = plane + ahead;
+    take_next();
     load(d + 1, next);
-    const S* cells = own_cells + plane % 2 * plane_size;
+    if (plane + 1 < end) copy(plane + 1);
+    const T* cells = own_cells + plane % 2 * plane_size;
     if (meets(d) && meets(d - kPlanes + 1))
       add_patch<K, 0, kPlanes>(cells, a.pitch, patches, sum);
     else if constexpr (kPlanes > 1) {
@@ -229,17 +256,18 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
     }
   }
 
+  S* place = reinterpret_cast<S*>(own_memory);
   const int pitch = fold_pitch<K>(threads);
   VOXCONV_UNROLL
   for (int kh = 0; kh < K; ++kh) {
     __syncthreads();  // nobody reads what was there
     VOXCONV_UNROLL
     for (int i = 0; i < kPlanes * K; ++i)
-      planes[(group * kPlanes * K + i) * pitch + in_group] = sum[i / K][kh][i % K];
+      place[(group * kPlanes * K + i) * pitch + in_group] = sum[i / K][kh][i % K];
     __syncthreads();
     for (int tap = thread; tap < K * K; tap += threads) {
       S total = 0;
-      for (int i = 0; i < group_threads; ++i) total += planes[tap * pitch + i];
+      for (int i = 0; i < group_threads; ++i) total += place[tap * pitch + i];
       if (results) results[(tap / K * K + kh) * K + tap % K] = total;
     }
   }
@@ -270,7 +298,7 @@ inline int even_tile(int64_t all, int64_t most) {
   return static_cast<int>(ceil_div(all, ceil_div(all, most)));
 }
 
-template <int K, class T, class Launch>
+template <int K, class Unit, class T, class Launch>
 void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, const T* grad,
                   T* grad_weight) {
   using S = Sum<T>;
@@ -289,13 +317,12 @@ void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, co
   const int wide = even_tile(patches_w, kSlabsColumn);
   const int high = even_tile(patches_h, kSlabThreads<K> / kGroups / wide);
   const int threads = wide * high * kGroups;
-  a.main = halo_columns<K>(wide * kPatch);
-  a.pitch = a.main + (a.grad[2] % kPatch ? halo_columns<K>(kPatch) : 0);
+  a.main = x_columns<K>(wide * kPatch);
+  a.pitch = a.main + (a.grad[2] % kPatch ? x_columns<K>(kPatch) : 0);
   a.lines = high * kPatch + K - 1;
-  a.copy_lanes = even_tile(a.pitch, threads < 32 ? threads : 32);
+  a.copy_lanes = even_tile(a.pitch * int(sizeof(T)) / sizeof(Unit), threads < 32 ? threads : 32);
   a.copy_rows = threads / a.copy_lanes;
-  a.aligned = a.grad[2] % kPatch == 0 && reinterpret_cast<uintptr_t>(grad) % sizeof(Four<T>) == 0;
-  const int shared = slabs_shared<K>(a, threads), bytes = shared * static_cast<int>(sizeof(S));
+  const int bytes = slabs_shared<K, T>(a, threads);
   const int by_threads = kSlabThreads<K> / threads, by_shared = kSlabsShared / bytes;
   const int fit = by_threads < by_shared ? by_threads : by_shared;
   const int deep = static_cast<int>(fit < a.targets ? fit : a.targets);
@@ -309,9 +336,20 @@ void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, co
   a.slabs = static_cast<int>(ceil_div(a.grad[0], a.slab));
   const int64_t parts = shape.batch * a.slabs * a.tiles, count = a.filters * shape.taps();
   auto* partials = static_cast<S*>(launch.scratch(parts * count * sizeof(S)));
-  launch(depthwise_weight_slabs<T, K>, static_cast<unsigned>(blocks * a.slabs),
-         dim3(wide, high, deep * kGroups), deep * bytes, a, shared, x, grad, partials);
+  launch(depthwise_weight_slabs<T, K, Unit>, static_cast<unsigned>(blocks * a.slabs),
+         dim3(wide, high, deep * kGroups), deep * bytes, a, bytes, x, grad, partials);
   launch_sum_partials(launch, partials, parts, count, grad_weight);
+}
+
+// Whether lines of x and grad may be read by fours, as they lie in memory.
+template <int K, class T>
+bool slabs_by_fours(const Conv3dShape& shape, const T* x, const T* grad) {
+  const Axis& w = shape.axis[2];
+  const auto at_four = [](const T* data) {
+    return reinterpret_cast<uintptr_t>(data) % sizeof(Four<T>) == 0;
+  };
+  return w.in % kPatch == 0 && w.out % kPatch == 0 && (w.before + kLead<K>) % kPatch == 0 &&
+         at_four(x) && at_four(grad);
 }
 
 // By depthwise_weight_slabs, if it can.
@@ -321,7 +359,11 @@ bool by_slabs(const Launch& launch, const Conv3dShape& shape, bool channels_last
   if constexpr (!std::is_same_v<T, double>) {
     if (!slabs_suit(shape, channels_last)) return false;
     const auto run = [&](auto k) {
-      launch_slabs<decltype(k)::value>(launch, shape, x, grad, grad_weight);
+      constexpr int K = decltype(k)::value;
+      if (slabs_by_fours<K>(shape, x, grad))
+        launch_slabs<K, Four<T>>(launch, shape, x, grad, grad_weight);
+      else
+        launch_slabs<K, T>(launch, shape, x, grad, grad_weight);
     };
     switch (shape.axis[0].kernel) {
       case 3: run(std::integral_constant<int, 3>{}); return true;

@@ -71,6 +71,28 @@ __device__ inline void load_four(const float* from, float* to) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
                : "memory");
 }
+__device__ inline void load_halves(const void* from, unsigned (&pairs)[2]) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+               : "=r"(pairs[0]), "=r"(pairs[1])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
+               : "memory");
+}
+__device__ inline void load_four(const Bf16* from, float* to) {
+  unsigned pairs[2];
+  load_halves(from, pairs);
+  VOXCONV_UNROLL
+  for (int i = 0; i < 4; ++i)
+    to[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+}
+__device__ inline void load_four(const F16* from, float* to) {
+  unsigned pairs[2];
+  load_halves(from, pairs);
+  VOXCONV_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const auto bits = static_cast<unsigned short>(pairs[i / 2] >> i % 2 * 16);
+    to[i] = __half2float(__ushort_as_half(bits));
+  }
+}
 
 // The copies of the thread since the last call are a group; waits for all but the last N groups.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -92,10 +114,14 @@ T* shared_memory() {
 }
 template <class T>
 void copy_later(T* to, const T* from, bool exists) {
-  static const T zero = 0;
+  static const T zero{};
   cuda_on_cpu::copy_later(to, exists ? from : &zero, sizeof(T));
 }
 inline void load_four(const float* from, float* to) { std::memcpy(to, from, 16); }
+template <class T>
+void load_four(const T* from, float* to) {
+  for (int i = 0; i < 4; ++i) to[i] = widen(from[i]);
+}
 inline void commit_copies() { cuda_on_cpu::commit_copies(); }
 template <int N>
 void wait_for_copies() {
