@@ -293,15 +293,9 @@ inline bool slabs_suit(const Conv3dShape& shape, bool channels_last) {
          plane_fits(axis[1].out, axis[2].out);
 }
 
-// `all` things, at most `most` to a tile: how many a tile has, where tiles are as even as can be.
-inline int even_tile(int64_t all, int64_t most) {
-  return static_cast<int>(ceil_div(all, ceil_div(all, most)));
-}
-
 template <int K, class Unit, class T, class Launch>
 void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, const T* grad,
                   T* grad_weight) {
-  using S = Sum<T>;
   constexpr int kGroups = kTapGroups<K>;
   SlabsShape a;
   a.multiplier = static_cast<int>(shape.multiplier);
@@ -335,7 +329,7 @@ void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, co
                                                         : slab);
   a.slabs = static_cast<int>(ceil_div(a.grad[0], a.slab));
   const int64_t parts = shape.batch * a.slabs * a.tiles, count = a.filters * shape.taps();
-  auto* partials = static_cast<S*>(launch.scratch(parts * count * sizeof(S)));
+  Sum<T>* partials = take_partials(launch, parts, count, grad_weight);
   launch(depthwise_weight_slabs<T, K, Unit>, static_cast<unsigned>(blocks * a.slabs),
          dim3(wide, high, deep * kGroups), deep * bytes, a, bytes, x, grad, partials);
   launch_sum_partials(launch, partials, parts, count, grad_weight);

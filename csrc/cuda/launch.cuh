@@ -18,6 +18,11 @@ inline bool allows(Way asked, Way own) { return asked == Way::choose || asked ==
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// `all` things, at most `most` to a tile: how many a tile has, where tiles are as even as can be.
+inline int even_tile(int64_t all, int64_t most) {
+  return static_cast<int>(ceil_div(all, ceil_div(all, most)));
+}
+
 // A tensor without gaps, NCDHW or channels_last_3d.
 template <class T>
 View<T> dense(T* data, bool channels_last, int64_t channels, int64_t d, int64_t h, int64_t w) {

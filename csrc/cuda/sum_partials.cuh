@@ -28,9 +28,18 @@ __global__ void __launch_bounds__(kPartialResults* kPartialThreads)
   narrow(results[i], sum);
 }
 
+// Memory for the partial sums: that of the results, if they need not be added nor rounded.
+template <class T, class Launch>
+Sum<T>* take_partials(const Launch& launch, int64_t parts, int64_t count, T* results) {
+  if constexpr (std::is_same_v<T, Sum<T>>)
+    if (parts == 1) return results;
+  return static_cast<Sum<T>*>(launch.scratch(parts * count * sizeof(Sum<T>)));
+}
+
 template <class T, class Launch>
 void launch_sum_partials(const Launch& launch, const Sum<T>* partials, int64_t parts, int64_t count,
                          T* results) {
+  if (static_cast<const void*>(partials) == results) return;
   launch(sum_partials<T>, static_cast<unsigned>(ceil_div(count, kPartialResults)),
          dim3(kPartialResults, kPartialThreads), kPartialResults * kPartialThreads * sizeof(Sum<T>),
          partials, parts, count, results);
