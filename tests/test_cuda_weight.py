@@ -32,6 +32,50 @@ def test_slabs(case: Case, kernels: ctypes.CDLL) -> None:
         assert_case(case, case.make(torch.bfloat16), torch.bfloat16, versus_torch=True)
 
 
+LINES = [  # of depthwise_weight_lines: chunks of taps, classes and tiles of rows, tiles of columns
+    Case("dw511", channels=2, size=(9, 4, 13), kernel=(5, 1, 1), padding=(2, 0, 0)),
+    Case("dw133", n=2, channels=3, size=(3, 19, 37), kernel=(1, 3, 3), padding=(0, 1, 1)),
+    Case("dw355", channels=2, multiplier=2, size=(4, 7, 9), kernel=(3, 5, 5), padding=(0, 2, 2)),
+    Case("dw9", channels=1, size=(7, 11, 9), kernel=(9, 9, 9), padding=4),
+    Case("dw8_far", channels=1, size=(3, 4, 5), kernel=(2, 8, 4), padding=((3, 0), (9, 8), (6, 5))),
+    Case("dw3_stride122", channels=2, size=(5, 20, 11), stride=(1, 2, 2), padding=1),
+    Case(
+        "dw7_stride2", channels=1, size=(9, 12, 13), kernel=(7, 7, 7), stride=(2, 2, 2), padding=3
+    ),
+    Case(
+        "dw5_dilation3", channels=1, size=(8, 9, 10), kernel=(5, 5, 5), dilation=(3,) * 3, padding=6
+    ),
+    Case(
+        "dw4_stride3_dilation2",
+        channels=1,
+        size=(11, 40, 13),
+        kernel=(4, 4, 4),
+        stride=(3, 3, 3),
+        dilation=(2, 2, 2),
+        padding=(2, 3, 4),
+    ),
+    Case(
+        "dw3_stride2_dilation4",
+        channels=1,
+        size=(9, 37, 9),
+        stride=(2, 2, 2),
+        dilation=(4,) * 3,
+        padding=4,
+    ),
+    Case("dw2_stride4", channels=2, size=(9, 11, 14), kernel=(2, 2, 2), stride=(4, 3, 5)),
+    Case("dw1_stride2", channels=2, size=(4, 5, 9), kernel=(1, 1, 1), stride=(2, 2, 2)),
+    Case("dw3_deep", channels=1, size=(40, 3, 3), kernel=(3, 3, 1), padding=(1, 1, 0)),
+    Case("dw3_tall", channels=1, size=(2, 70, 33), kernel=(1, 3, 1), padding=(0, 1, 0)),
+]
+
+
+@pytest.mark.parametrize("case", LINES, ids=str)
+def test_lines(case: Case, kernels: ctypes.CDLL) -> None:
+    with cuda_kernels(kernels, "weight_lines"):
+        assert_case(case, case.make(), torch.float32, versus_torch=True)
+        assert_case(case, case.make(torch.bfloat16), torch.bfloat16, versus_torch=True)
+
+
 SUMS = [  # n, channels, size: several pieces; no vectors; many channels; a piece for each result
     (2, 3, (17, 18, 55)),
     (1, 2, (5, 64, 64)),

@@ -6,6 +6,7 @@
 #include "depthwise_any.cuh"
 #include "depthwise_planes.cuh"
 #include "depthwise_weight.cuh"
+#include "depthwise_weight_lines.cuh"
 
 namespace voxconv {
 namespace device {
@@ -43,6 +44,9 @@ template <class T, class Launch>
 void launch_grad_weight(const Launch& launch, const Conv3dShape& shape, bool channels_last, Way way,
                         const T* x, const T* grad, T* grad_weight) {
   if (allows(way, Way::slabs) && by_slabs(launch, shape, channels_last, x, grad, grad_weight))
+    return;
+  if (allows(way, Way::weight_lines) &&
+      by_weight_lines(launch, shape, channels_last, x, grad, grad_weight))
     return;
   const int64_t blocks = shape.channels * shape.multiplier * shape.taps();
   launch(depthwise_grad_weight_any<T>, static_cast<unsigned>(blocks), kAnyThreads,

@@ -131,16 +131,12 @@ __device__ __forceinline__ void add_patch(const T* cells, int pitch,
   }
 }
 
-// Bytes of shared memory that a filter of a block needs: two planes of x, or the sums of a line of
-// taps, kh, of all threads.
-template <int K>
-VOXCONV_HD constexpr int fold_pitch(int threads) {
-  return threads / kTapGroups<K> | 1;
-}
+// Bytes of shared memory that a filter of a block needs: two planes of x, or sums to be folded.
 template <int K, class T>
 int slabs_shared(const SlabsShape& a, int threads) {
   const int planes = 2 * a.lines * a.pitch * static_cast<int>(sizeof(T));
-  const int fold = K * K * fold_pitch<K>(threads) * static_cast<int>(sizeof(Sum<T>));
+  const int fold = fold_size<kTapPlanes<K> * K>(kTapGroups<K>, threads / kTapGroups<K>) *
+                   static_cast<int>(sizeof(Sum<T>));
   return ((planes > fold ? planes : fold) + 15) / 16 * 16;
 }
 
@@ -256,21 +252,10 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
     }
   }
 
-  S* place = reinterpret_cast<S*>(own_memory);
-  const int pitch = fold_pitch<K>(threads);
-  VOXCONV_UNROLL
-  for (int kh = 0; kh < K; ++kh) {
-    __syncthreads();  // nobody reads what was there
-    VOXCONV_UNROLL
-    for (int i = 0; i < kPlanes * K; ++i)
-      place[(group * kPlanes * K + i) * pitch + in_group] = sum[i / K][kh][i % K];
-    __syncthreads();
-    for (int tap = thread; tap < K * K; tap += threads) {
-      S total = 0;
-      for (int i = 0; i < group_threads; ++i) total += place[tap * pitch + i];
-      if (results) results[(tap / K * K + kh) * K + tap % K] = total;
-    }
-  }
+  fold_sums<kPlanes * K * K, kPlanes * K>(reinterpret_cast<S*>(own_memory), &sum[0][0][0], group,
+                                          kGroups, [&](int of, int i, S total) {
+                                            if (results) results[of * kPlanes * K * K + i] = total;
+                                          });
 }
 
 // Slabs have at most so many planes, because a thread adds 16 products of each to a sum, one after

@@ -28,6 +28,38 @@ __global__ void __launch_bounds__(kPartialResults* kPartialThreads)
   narrow(results[i], sum);
 }
 
+// The sums of Count numbers of the threads of each group of a block, groups along z, Round of them
+// at a time: of(group, number, sum) is called once for each, by any thread. `place` has
+// fold_size<Round>(groups, threads of a group) sums.
+VOXCONV_HD constexpr int fold_pitch(int threads) { return threads | 1; }
+template <int Round>
+VOXCONV_HD constexpr int fold_size(int groups, int threads) {
+  return groups * Round * fold_pitch(threads);
+}
+template <int Count, int Round, class S, class F>
+__device__ __forceinline__ void fold_sums(S* place, const S* sums, int group, int groups,
+                                          const F& of) {
+  const int group_threads = static_cast<int>(blockDim.x * blockDim.y);
+  const int in_group = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int pitch = fold_pitch(group_threads), threads = groups * group_threads;
+  VOXCONV_UNROLL
+  for (int first = 0; first < Count; first += Round) {
+    __syncthreads();  // nobody reads what was there
+    VOXCONV_UNROLL
+    for (int i = 0; i < Round; ++i) place[(group * Round + i) * pitch + in_group] = sums[first + i];
+    __syncthreads();
+    for (int i = group * group_threads + in_group; i < groups * Round; i += threads) {
+      S total[4] = {};
+      for (int t = 0; t < group_threads; t += 4) {
+        VOXCONV_UNROLL
+        for (int j = 0; j < 4; ++j)
+          if (t + j < group_threads) total[j] += place[i * pitch + t + j];
+      }
+      of(i / Round, first + i % Round, total[0] + total[1] + (total[2] + total[3]));
+    }
+  }
+}
+
 // Memory for the partial sums: that of the results, if they need not be added nor rounded.
 template <class T, class Launch>
 Sum<T>* take_partials(const Launch& launch, int64_t parts, int64_t count, T* results) {
