@@ -56,8 +56,8 @@ VOXCONV_HD constexpr int x_columns(int columns) {
   return columns + (kLead<K> + K - 1 + kPatch - 1) / kPatch * kPatch;
 }
 
-__device__ inline int least(int a, int b) { return a < b ? a : b; }
-__device__ inline int most(int a, int b) { return a > b ? a : b; }
+VOXCONV_HD inline int least(int a, int b) { return a < b ? a : b; }
+VOXCONV_HD inline int most(int a, int b) { return a > b ? a : b; }
 
 // The patch of a thread in a plane of grad: it begins at (h, w), where lines < skip_h and columns
 // < skip_w belong to another thread.
@@ -259,11 +259,12 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
 }
 
 // Slabs have at most so many planes, because a thread adds 16 products of each to a sum, one after
-// the other, and at least so many where they are cut to give the multiprocessors enough blocks.
-constexpr int kMostGradSlab = 16, kLeastGradSlab = 4;
-constexpr int kSlabsBlocks = 2 * 132;
+// the other, and at least so many where they are cut to give the multiprocessors of an H200 threads
+// enough.
+constexpr int kMostGradSlab = 16, kLeastGradSlab = 8, kSlabsWanted = 132 * 384;
 constexpr int kSlabsColumn = 16;        // patches of a tile along w, at most
 constexpr int kSlabsShared = 48 << 10;  // bytes of a block, at most
+constexpr int kSlabsBlocks = 2 * 132;   // before filters share a block of more than a warp
 
 // Whether depthwise_weight_slabs can do it, if there are as many taps.
 inline bool slabs_suit(const Conv3dShape& shape, bool channels_last) {
@@ -302,13 +303,13 @@ void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, co
   a.copy_lanes = even_tile(a.pitch * int(sizeof(T)) / sizeof(Unit), threads < 32 ? threads : 32);
   a.copy_rows = threads / a.copy_lanes;
   const int bytes = slabs_shared<K, T>(a, threads);
-  const int by_threads = kSlabThreads<K> / threads, by_shared = kSlabsShared / bytes;
-  const int fit = by_threads < by_shared ? by_threads : by_shared;
-  const int deep = static_cast<int>(fit < a.targets ? fit : a.targets);
   a.tiles_w = static_cast<int>(ceil_div(patches_w, wide));
   a.tiles = a.tiles_w * static_cast<int>(ceil_div(patches_h, high));
+  const int64_t spread = ceil_div(a.targets * a.tiles, kSlabsBlocks), warp = ceil_div(32, threads);
+  const int fit = least(kSlabThreads<K> / threads, kSlabsShared / bytes);
+  const int deep = least(fit, static_cast<int>(spread > warp ? spread : warp));
   const int64_t blocks = a.tiles * ceil_div(a.targets, deep);
-  const int64_t slab = ceil_div(a.grad[0], ceil_div(kSlabsBlocks, blocks));
+  const int64_t slab = ceil_div(a.grad[0], ceil_div(kSlabsWanted, blocks * threads * deep));
   a.slab = even_tile(a.grad[0], slab > kMostGradSlab    ? kMostGradSlab
                                 : slab < kLeastGradSlab ? kLeastGradSlab
                                                         : slab);

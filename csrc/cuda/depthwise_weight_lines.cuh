@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(kLineThreads, 2)
 }
 
 // Threads get so many rows, where there are as many; slabs so many planes that a sum has no more
-// than kLineChain products of a thread, at least kLeastLineSlab where slabs are cut to have
-// kLineBlocks blocks, two for each multiprocessor of an H200.
-constexpr int kLineRows = 16, kLineChain = 256, kLeastLineSlab = 4, kLineBlocks = 2 * 132;
+// than kLineChain products of a thread, at least kLeastLineSlab where slabs are cut to give the
+// multiprocessors of an H200 threads enough.
+constexpr int kLineRows = 16, kLineChain = 256, kLeastLineSlab = 4, kLineWanted = 132 * 768;
 constexpr int kLineShared = 48 << 10;  // bytes of a block, at most
 
 inline int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
@@ -247,7 +247,8 @@ bool launch_lines(const Launch& launch, const Conv3dShape& shape, WeightLinesSha
   const int64_t chunks = int64_t(a.plane_chunks) * a.tap_stride * a.row_chunks * a.column_chunks;
   const int64_t tiles = int64_t(a.column_tiles) * a.row_tiles * a.row_stride;
   const int64_t blocks = chunks * tiles * shape.batch * a.filters;
-  const int64_t most = kLineChain / a.rows, slab = ceil_div(p.grad, ceil_div(kLineBlocks, blocks));
+  const int64_t most = kLineChain / a.rows,
+                slab = ceil_div(p.grad, ceil_div(kLineWanted, blocks * threads));
   a.slab = even_tile(p.grad, slab > most ? most : slab < kLeastLineSlab ? kLeastLineSlab : slab);
   a.slabs = static_cast<int>(ceil_div(p.grad, a.slab));
   const int64_t parts = shape.batch * tiles * a.slabs, count = int64_t(a.filters) * a.taps;
@@ -258,14 +259,19 @@ bool launch_lines(const Launch& launch, const Conv3dShape& shape, WeightLinesSha
   return true;
 }
 
-// How many of `taps` a chunk has: of the sizes that kernels are made for, that which leaves the
-// fewest taps of the last chunk idle.
-template <size_t Count>
-int best_chunk(int64_t taps, const int (&sizes)[Count]) {
-  int best = sizes[0];
-  for (const int size : sizes)
-    if (ceil_div(taps, size) * size <= ceil_div(taps, best) * best) best = size;
-  return best;
+// The chunks of row and column taps that kernels are made for.
+constexpr int kRowChunks[] = {1, 2, 3, 4, 5, 7}, kColumnChunks[] = {1, 3, 4, 5};
+
+// Which of them take the fewest instructions: a row costs a multiply-add for each tap, a load and
+// an addition for each column tap, and some for the cell of grad and the loop.
+inline void choose_chunks(int64_t row_taps, int64_t column_taps, int& q, int& w) {
+  int64_t least = INT64_MAX;
+  for (const int rows : kRowChunks)
+    for (const int columns : kColumnChunks) {
+      const int64_t cost = ceil_div(row_taps, rows) * ceil_div(column_taps, columns) *
+                           (rows * columns + 2 * columns + 5);
+      if (cost < least) least = cost, q = rows, w = columns;
+    }
 }
 
 // By depthwise_weight_lines, if it can.
@@ -297,8 +303,8 @@ bool by_weight_lines(const Launch& launch, const Conv3dShape& shape, bool channe
     a.column = lines_axis(2, 1, 1, 1);
     if (a.row.kernel == 1) std::swap(a.plane, a.row);
     const int64_t common = greatest_divisor(a.row.stride, a.row.dilation);
-    const int q = best_chunk(ceil_div(a.row.kernel, a.row.stride / common), {1, 2, 3, 4, 5, 7});
-    const int w = best_chunk(a.column.kernel, {1, 3, 4});
+    int q = 1, w = 1;
+    choose_chunks(ceil_div(a.row.kernel, a.row.stride / common), a.column.kernel, q, w);
     const auto run = [&](auto rows, auto columns) {
       return launch_lines<decltype(rows)::value, decltype(columns)::value>(launch, shape, a, x,
                                                                            grad, grad_weight);
@@ -307,7 +313,8 @@ bool by_weight_lines(const Launch& launch, const Conv3dShape& shape, bool channe
       switch (w) {
         case 1: return run(rows, std::integral_constant<int, 1>{});
         case 3: return run(rows, std::integral_constant<int, 3>{});
-        default: return run(rows, std::integral_constant<int, 4>{});
+        case 4: return run(rows, std::integral_constant<int, 4>{});
+        default: return run(rows, std::integral_constant<int, 5>{});
       }
     };
     switch (q) {
