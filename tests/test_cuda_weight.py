@@ -10,7 +10,7 @@ import torch
 
 from cases import CHANNELS_LAST, NCDHW, Case
 from cuda_kernels import Passes, cuda_kernels
-from testing import DTYPES, assert_accurate, assert_case, dtype_id
+from testing import DTYPES, all_passes, assert_accurate, assert_case, dtype_id, reference
 
 SLABS = [  # of depthwise_weight_slabs: tiles, slabs, filters of a block; patches moved back
     Case("dw3_tiles", channels=1, size=(2, 70, 67), padding=1),
@@ -74,6 +74,47 @@ def test_lines(case: Case, kernels: ctypes.CDLL) -> None:
     with cuda_kernels(kernels, "weight_lines"):
         assert_case(case, case.make(), torch.float32, versus_torch=True)
         assert_case(case, case.make(torch.bfloat16), torch.bfloat16, versus_torch=True)
+
+
+REACH = [  # patches that are moved back, threads behind the last column, rows of a class that end
+    Case("slabs", channels=2, size=(5, 6, 7), padding=1),
+    Case("slabs_tiles", channels=2, size=(3, 37, 9), padding=1),
+    Case("lines", channels=2, size=(5, 6, 35), kernel=(3, 3, 5), padding=(1, 1, 2)),
+    Case("lines_classes", channels=2, size=(7, 19, 9), dilation=(2, 3, 2), padding=(2, 3, 2)),
+    Case("lines_stride", channels=2, size=(7, 18, 9), stride=(2, 2, 2), padding=1),
+]
+
+
+@pytest.mark.parametrize("case", REACH, ids=str)
+def test_infinite_input_reaches_its_taps_only(case: Case, kernels: ctypes.CDLL) -> None:
+    """Weight gradients that meet no bad cell keep every bit; those that do are not finite."""
+    clean = case.make()
+    passes = Passes(kernels, "choose")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        pads = [side for pair in case.pads for side in pair]
+        return passes.grad_weight(clean.grad, x, case.kernel, case.stride, pads, case.dilation, 0)
+
+    expected = run(clean.x)
+    for spot in [(0, 0, 0), (1, 2, 3), (-1, -1, -1), (2, 0, -2)]:
+        bad, mark = clean.x.clone(), torch.zeros_like(clean.x)
+        bad[(0, 1, *spot)], mark[(0, 1, *spot)] = float("inf"), 1.0
+        touched = (
+            all_passes(
+                reference,
+                case,
+                clean._replace(
+                    x=mark.double(),
+                    grad=torch.ones_like(clean.grad).double(),
+                    weight=clean.weight.double(),
+                    bias=clean.bias.double(),
+                ),
+            )["grad_weight"]
+            != 0
+        )
+        got = run(bad)
+        assert torch.equal(~got.isfinite(), touched)
+        assert torch.equal(got[~touched], expected[~touched])
 
 
 SUMS = [  # n, channels, size: several pieces; no vectors; many channels; a piece for each result

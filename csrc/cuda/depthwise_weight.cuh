@@ -66,13 +66,12 @@ struct Patch {
 };
 
 template <class Unit, class T>
-__device__ inline void load_patch(const T* cells, int width, const Patch& patch,
+__device__ inline void load_patch(const T* from, int width, const Patch& patch,
                                   Four<T> (&to)[kPatch]) {
   VOXCONV_UNROLL
-  for (int i = 0; i < kPatch; ++i) {
+  for (int i = 0; i < kPatch; ++i, from += width) {
     VOXCONV_UNROLL
     for (int j = 0; j < kPatch; ++j) narrow(to[i].of[j], 0);
-    const T* from = cells + i * width;
     const bool own = i >= patch.skip_h;
     if constexpr (std::is_same_v<Unit, Four<T>>) {
       if (own && patch.skip_w == 0) to[i] = *reinterpret_cast<const Four<T>*>(from);
@@ -85,21 +84,21 @@ __device__ inline void load_patch(const T* cells, int width, const Patch& patch,
 }
 
 // Copies `count` units of a column to shared memory.
-template <class Unit>
+template <int K, class Unit>
 __device__ inline void copy_column(Unit* to, int to_step, const Unit* from, int from_step,
                                    int count) {
   if constexpr (sizeof(Unit) >= 4) {
     for (; count > 0; --count, to += to_step, from += from_step) copy_later(to, from, true);
   } else {  // while the thread waits: many at once
-    constexpr int kUnits = 8;
-    for (; count > 0; count -= kUnits, to += kUnits * to_step, from += kUnits * from_step) {
+    constexpr int kUnits = K < 7 ? 8 : 4;
+    for (; count > 0; count -= kUnits) {
       Unit units[kUnits];
       VOXCONV_UNROLL
-      for (int i = 0; i < kUnits; ++i)
-        if (i < count) units[i] = from[i * from_step];
+      for (int i = 0; i < kUnits; ++i, from += from_step)
+        if (i < count) units[i] = *from;
       VOXCONV_UNROLL
-      for (int i = 0; i < kUnits; ++i)
-        if (i < count) to[i * to_step] = units[i];
+      for (int i = 0; i < kUnits; ++i, to += to_step)
+        if (i < count) *to = units[i];
     }
   }
 }
@@ -147,6 +146,7 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
     depthwise_weight_slabs(SlabsShape a, int shared, const T* x, const T* grad, Sum<T>* partials) {
   using S = Sum<T>;
   constexpr int kPlanes = kTapPlanes<K>, kGroups = kTapGroups<K>;
+  constexpr bool kEarly = K < 7;  // patches are loaded a plane ahead, where registers are left
   const int block = static_cast<int>(blockIdx.x), tile = block % a.tiles;
   const int slab = block / a.tiles % a.slabs, first = slab * a.slab;  // plane of grad
   const int last = first + a.slab < a.grad[0] ? first + a.slab : a.grad[0];
@@ -186,9 +186,9 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
     for (int j = copy_lane * kWide; j < a.pitch; j += a.copy_lanes * kWide) {
       const int w = x_left + j + (j < a.main ? 0 : a.grad[2] - kPatch - left - a.main);
       if (w >= 0 && w < a.x[2] && copy_row < a.copy_rows)
-        copy_column(reinterpret_cast<Unit*>(to + j), a.copy_rows * a.pitch / kWide,
-                    reinterpret_cast<const Unit*>(from + w), a.copy_rows * a.x[2] / kWide,
-                    copy_count);
+        copy_column<K>(reinterpret_cast<Unit*>(to + j), a.copy_rows * a.pitch / kWide,
+                       reinterpret_cast<const Unit*>(from + w), a.copy_rows * a.x[2] / kWide,
+                       copy_count);
     }
     commit_copies();
   };
@@ -232,16 +232,17 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
     load(begin + ahead - i, next);
     take_next();
   }
-  load(begin + ahead, next);
+  if (kEarly) load(begin + ahead, next);
   __syncthreads();  // the zeros are there
   if (begin < end) copy(begin);
   for (int plane = begin; plane < end; ++plane) {
     wait_for_copies<0>();
     __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
     const int d = plane + ahead;
-    take_next();
-    load(d + 1, next);
+    if (kEarly) take_next();
+    load(kEarly ? d + 1 : d, next);
     if (plane + 1 < end) copy(plane + 1);
+    if (!kEarly) take_next();
     const T* cells = own_cells + plane % 2 * plane_size;
     if (meets(d) && meets(d - kPlanes + 1))
       add_patch<K, 0, kPlanes>(cells, a.pitch, patches, sum);

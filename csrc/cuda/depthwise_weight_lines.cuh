@@ -51,14 +51,14 @@ __device__ inline void copy_cells(Sum<T>* to, int to_step, const T* from, int64_
     for (; count > 0; --count, to += to_step, from += from_step) copy_later(to, from, true);
   } else {  // while the thread waits: many at once
     constexpr int kCells = 8;
-    for (; count > 0; count -= kCells, to += kCells * to_step, from += kCells * from_step) {
-      Sum<T> cells[kCells];
+    for (; count > 0; count -= kCells) {
+      T cells[kCells];
       VOXCONV_UNROLL
-      for (int i = 0; i < kCells; ++i)
-        if (i < count) cells[i] = widen(from[i * from_step]);
+      for (int i = 0; i < kCells; ++i, from += from_step)
+        if (i < count) cells[i] = *from;
       VOXCONV_UNROLL
-      for (int i = 0; i < kCells; ++i)
-        if (i < count) to[i * to_step] = cells[i];
+      for (int i = 0; i < kCells; ++i, to += to_step)
+        if (i < count) *to = widen(cells[i]);
     }
   }
 }
@@ -259,8 +259,9 @@ bool launch_lines(const Launch& launch, const Conv3dShape& shape, WeightLinesSha
   return true;
 }
 
-// The chunks of row and column taps that kernels are made for.
+// The chunks of row and column taps that kernels are made for, no more than registers can take.
 constexpr int kRowChunks[] = {1, 2, 3, 4, 5, 7}, kColumnChunks[] = {1, 3, 4, 5};
+constexpr int kMostLineSums = 28;
 
 // Which of them take the fewest instructions: a row costs a multiply-add for each tap, a load and
 // an addition for each column tap, and some for the cell of grad and the loop.
@@ -270,7 +271,7 @@ inline void choose_chunks(int64_t row_taps, int64_t column_taps, int& q, int& w)
     for (const int columns : kColumnChunks) {
       const int64_t cost = ceil_div(row_taps, rows) * ceil_div(column_taps, columns) *
                            (rows * columns + 2 * columns + 5);
-      if (cost < least) least = cost, q = rows, w = columns;
+      if (rows * columns <= kMostLineSums && cost < least) least = cost, q = rows, w = columns;
     }
 }
 
@@ -306,8 +307,10 @@ bool by_weight_lines(const Launch& launch, const Conv3dShape& shape, bool channe
     int q = 1, w = 1;
     choose_chunks(ceil_div(a.row.kernel, a.row.stride / common), a.column.kernel, q, w);
     const auto run = [&](auto rows, auto columns) {
-      return launch_lines<decltype(rows)::value, decltype(columns)::value>(launch, shape, a, x,
-                                                                           grad, grad_weight);
+      constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
+      if constexpr (kRows * kColumns <= kMostLineSums)
+        return launch_lines<kRows, kColumns>(launch, shape, a, x, grad, grad_weight);
+      return false;
     };
     const auto run_columns = [&](auto rows) {
       switch (w) {
