@@ -7,10 +7,10 @@
 // zeros beyond the volume, while the one before is worked on. A thread owns a patch of 4 lines and
 // 4 columns of grad, which it loads to registers, and the sums of all taps of some kd: for 3 taps
 // all 27, with the patch of three planes; for 5 and 7 those of one kd, and K groups of threads
-// share the plane of x. A plane of x costs a thread (K+3) * ceil((K+3)/4) vectors from shared
-// memory, 4 lanes' lines of grad, and 16 K^2 multiply-adds for each kd:
-//   K = 3: 12 vectors for 432 multiply-adds, 5: 16 for 400, 7: 30 for 784; a vector takes a warp 4
-// clocks of the multiprocessor, a multiply-add a quarter of one.
+// share the plane of x. A plane of x costs a thread 3 (K + 3) loads of 4 cells from shared memory,
+// of which a warp's take 4 clocks of the multiprocessor, and 16 K^2 multiply-adds for each kd, of
+// which a warp's take a quarter of one: K = 3: 72 and 108 clocks, 5: 96 and 100, 7: 120 and 196.
+// For 3 taps the 4 KB of a warp's patches of x and grad take device memory 249 (halves: 125).
 // The sums of the threads of a block are added in a fixed order and left for sum_partials.
 //
 // A patch that would leave the volume is moved back to end with it, and cells of its neighbour that
