@@ -97,8 +97,8 @@ def test_infinite_input_reaches_its_taps_only(case: Case, kernels: ctypes.CDLL) 
 
     expected = run(clean.x)
     for spot in [(0, 0, 0), (1, 2, 3), (-1, -1, -1), (2, 0, -2)]:
-        bad, mark = clean.x.clone(), torch.zeros_like(clean.x)
-        bad[(0, 1, *spot)], mark[(0, 1, *spot)] = float("inf"), 1.0
+        bad, mark, cell = clean.x.clone(), torch.zeros_like(clean.x), (0, 1, *spot)
+        bad[cell], mark[cell] = float("inf"), 1.0
         touched = (
             all_passes(
                 reference,
