@@ -22,7 +22,7 @@ from voxconv._geometry import PADDING_MODES, Geometry
 from voxconv._layout import is_channels_last
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-WAYS = ("choose", "any", "planes", "lines")  # Way of csrc/cuda/launch.cuh
+WAYS = ("choose", "any", "planes", "lines", "slabs", "weight_lines")  # Way of csrc/cuda/launch.cuh
 
 
 class Shape(ctypes.Structure):

@@ -165,19 +165,5 @@ __global__ void __launch_bounds__(kAnyThreads, kAnyResident)
   if (threadIdx.x == 0) narrow(grad_weight[blockIdx.x], sum);
 }
 
-// The sums of the channels of grad [n, C, o...]. A block owns a channel.
-template <class T>
-__global__ void __launch_bounds__(kAnyThreads, kAnyResident)
-    channel_sum_any(View<const T> grad, int64_t batch, int64_t d, int64_t h, int64_t w, T* sums) {
-  const int64_t cells = batch * d * h * w;
-  Sum<T> sum = 0;
-  for (int64_t i = threadIdx.x; i < cells; i += blockDim.x) {
-    const Place o = place_of(i, false, 1, d, h, w);
-    sum += widen(*grad.at(o.n, blockIdx.x, o.d, o.h, o.w));
-  }
-  sum = block_sum(sum, shared_memory<Sum<T>>());
-  if (threadIdx.x == 0) narrow(sums[blockIdx.x], sum);
-}
-
 }  // namespace device
 }  // namespace voxconv

@@ -2,9 +2,12 @@
 // The passes of the depthwise family: which kernel runs one. The first that can do it does, in the
 // order given here.
 #pragma once
+#include "channel_sum.cuh"
 #include "depthwise_any.cuh"
 #include "depthwise_lines.cuh"
 #include "depthwise_planes.cuh"
+#include "depthwise_weight.cuh"
+#include "depthwise_weight_lines.cuh"
 
 namespace voxconv {
 namespace device {
@@ -47,19 +50,15 @@ void launch_grad_input(const Launch& launch, const Conv3dShape& shape, bool chan
 template <class T, class Launch>
 void launch_grad_weight(const Launch& launch, const Conv3dShape& shape, bool channels_last, Way way,
                         const T* x, const T* grad, T* grad_weight) {
+  if (allows(way, Way::slabs) && by_slabs(launch, shape, channels_last, x, grad, grad_weight))
+    return;
+  if (allows(way, Way::weight_lines) &&
+      by_weight_lines(launch, shape, channels_last, x, grad, grad_weight))
+    return;
   const int64_t blocks = shape.channels * shape.multiplier * shape.taps();
   launch(depthwise_grad_weight_any<T>, static_cast<unsigned>(blocks), kAnyThreads,
          kAnyThreads * sizeof(Sum<T>), shape, input_of(shape, channels_last, x),
          output_of(shape, channels_last, grad), grad_weight);
-}
-
-template <class T, class Launch>
-void launch_channel_sum(const Launch& launch, bool channels_last, const T* grad, int64_t batch,
-                        int64_t channels, int64_t d, int64_t h, int64_t w, T* sums) {
-  if (channels == 0) return;
-  launch(channel_sum_any<T>, static_cast<unsigned>(channels), kAnyThreads,
-         kAnyThreads * sizeof(Sum<T>), dense(grad, channels_last, channels, d, h, w), batch, d, h,
-         w, sums);
 }
 
 }  // namespace device

@@ -69,13 +69,13 @@ __device__ inline void copy_later(void* to, const void* from, bool exists) {
 }
 // Loads four aligned neighbours from shared memory here and now: the compiler neither loads them
 // earlier nor keeps them for the next time that they are asked for, which would take all registers.
-__device__ inline void load_four(const float* from, float (&to)[4]) {
+__device__ inline void load_four(const float* from, float* to) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
                : "memory");
 }
-__device__ inline void load_four(const double* from, double (&to)[4]) {
+__device__ inline void load_four(const double* from, double* to) {
   asm volatile(
       "ld.shared.v2.f64 {%0, %1}, [%4];\n"
       "ld.shared.v2.f64 {%2, %3}, [%4 + 16];"
@@ -89,18 +89,19 @@ __device__ inline void load_two_words(const void* from, unsigned& low, unsigned&
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
                : "memory");
 }
-__device__ inline void load_four(const Bf16* from, float (&to)[4]) {
+__device__ inline void load_four(const Bf16* from, float* to) {
   unsigned low, high;
   load_two_words(from, low, high);
   to[0] = __uint_as_float(low << 16), to[1] = __uint_as_float(low & 0xffff0000u);
   to[2] = __uint_as_float(high << 16), to[3] = __uint_as_float(high & 0xffff0000u);
 }
-__device__ inline void load_four(const F16* from, float (&to)[4]) {
-  unsigned words[2];
-  load_two_words(from, words[0], words[1]);
-  const auto* halves = reinterpret_cast<const F16*>(words);
+__device__ inline void load_four(const F16* from, float* to) {
+  unsigned low, high;
+  load_two_words(from, low, high);
   VOXCONV_UNROLL
-  for (int i = 0; i < 4; ++i) to[i] = widen(halves[i]);
+  for (int i = 0; i < 4; ++i)
+    to[i] =
+        widen(__ushort_as_half(static_cast<unsigned short>((i < 2 ? low : high) >> i % 2 * 16)));
 }
 
 // The copies of the thread since the last call are a group; waits for all but the last N groups.
@@ -127,7 +128,7 @@ void copy_later(void* to, const void* from, bool exists) {
   cuda_on_cpu::copy_later(to, exists ? from : kZeros, Bytes);
 }
 template <class T>
-void load_four(const T* from, Sum<T> (&to)[4]) {
+void load_four(const T* from, Sum<T>* to) {
   for (int i = 0; i < 4; ++i) to[i] = widen(from[i]);
 }
 inline void commit_copies() { cuda_on_cpu::commit_copies(); }

@@ -13,8 +13,8 @@ namespace device {
 
 // Which kernel family a pass is to take (VOXCONV_CUDA_WAY); one that cannot do a pass leaves it to
 // the next in the order of depthwise_launch.cuh.
-enum class Way { choose, any, planes, lines };
-constexpr const char* kWayNames[] = {"choose", "any", "planes", "lines"};
+enum class Way { choose, any, planes, lines, slabs, weight_lines };
+constexpr const char* kWayNames[] = {"choose", "any", "planes", "lines", "slabs", "weight_lines"};
 constexpr int kWays = sizeof kWayNames / sizeof *kWayNames;
 
 // Whether `own` may run a pass where `asked` was asked for.
@@ -59,6 +59,11 @@ Tile best_tile(int64_t columns, int64_t lines, int64_t targets, int64_t times, i
     }
   }
   return best;
+}
+
+// `all` things, at most `most` to a tile: how many a tile has, where tiles are as even as can be.
+inline int even_tile(int64_t all, int64_t most) {
+  return static_cast<int>(ceil_div(all, ceil_div(all, most)));
 }
 
 // A tensor without gaps, NCDHW or channels_last_3d.
