@@ -20,7 +20,7 @@ from voxconv._geometry import Geometry
 from voxconv._layout import is_channels_last
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-WAYS = ("choose", "any", "planes")  # Way of csrc/cuda/launch.cuh
+WAYS = ("choose", "any", "planes", "channels")  # Way of csrc/cuda/launch.cuh
 
 
 class Shape(ctypes.Structure):

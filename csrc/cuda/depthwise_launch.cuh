@@ -3,6 +3,7 @@
 // order given here.
 #pragma once
 #include "depthwise_any.cuh"
+#include "depthwise_channels_last.cuh"
 #include "depthwise_planes.cuh"
 
 namespace voxconv {
@@ -18,6 +19,9 @@ void launch_forward(const Launch& launch, const Conv3dShape& shape, bool channel
   if (allows(way, Way::planes) &&
       by_planes(launch, shape, channels_last, false, x, weight, bias, activation, y))
     return;
+  if (allows(way, Way::channels) &&
+      by_channels(launch, shape, channels_last, false, x, weight, bias, activation, y))
+    return;
   launch(depthwise_forward_any<T>, blocks_for(cells), kAnyThreads, 0, shape,
          input_of(shape, channels_last, x), weight, bias, activation,
          output_of(shape, channels_last, y), channels_last);
@@ -31,6 +35,9 @@ void launch_grad_input(const Launch& launch, const Conv3dShape& shape, bool chan
   if (cells == 0) return;
   if (allows(way, Way::planes) &&
       by_planes(launch, shape, channels_last, true, grad, weight, bias, kIdentity, grad_x))
+    return;
+  if (allows(way, Way::channels) &&
+      by_channels(launch, shape, channels_last, true, grad, weight, bias, kIdentity, grad_x))
     return;
   launch(depthwise_grad_input_any<T>, blocks_for(cells), kAnyThreads, 0, shape,
          output_of(shape, channels_last, grad), weight, bias,

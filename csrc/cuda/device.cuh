@@ -10,13 +10,16 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define VOXCONV_PRAGMA(text) _Pragma(#text)
 #define VOXCONV_UNROLL _Pragma("unroll")
+#define VOXCONV_UNROLL_IF(condition) VOXCONV_PRAGMA(unroll((condition) ? 1024 : 1))
 #else
 #include <cmath>
 
 #include "../cpu/half.h"
 #include "cuda_on_cpu.h"
 #define VOXCONV_UNROLL
+#define VOXCONV_UNROLL_IF(condition)
 #endif
 
 namespace voxconv {
@@ -92,7 +95,7 @@ T* shared_memory() {
 }
 template <class T>
 void copy_later(T* to, const T* from, bool exists) {
-  static const T zero = 0;
+  static const T zero{};
   cuda_on_cpu::copy_later(to, exists ? from : &zero, sizeof(T));
 }
 inline void load_four(const float* from, float* to) { std::memcpy(to, from, 16); }
@@ -127,6 +130,17 @@ __device__ inline void copy_async(Sum<T>* to, const T* from, bool exists) {
     copy_later(to, from, exists);
   else
     *to = exists ? widen(*from) : Sum<T>(0);
+}
+
+// The same of any unit, as it is. Those of 2 bytes are copied at once.
+template <class Unit>
+__device__ inline void copy_unit(Unit* to, const Unit* from, bool exists) {
+  if constexpr (sizeof(Unit) >= 4) {
+    copy_later(to, from, exists);
+  } else {
+    const Unit zero{};
+    *to = exists ? *from : zero;
+  }
 }
 
 // Four neighbours, at an address that is a multiple of all four or of 16 bytes.
