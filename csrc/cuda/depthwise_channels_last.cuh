@@ -5,46 +5,38 @@
 //
 // A block owns a tile of lines and columns of up to 16 channels, and walks along D through a slab
 // of destination planes. The planes of the source, with the halo of the tile and zeros beyond the
-// volume, are copied to shared memory as they are some steps before they are worked on. A line
-// there is [column, channel], and neighbouring threads own neighbouring cells of it: whatever the
-// count of channels, a warp reads 32 cells in one wavefront and no lane idles. A thread owns 8
-// lines of its cell, of K destination planes at a time, which the current plane of the source is
-// the last, ..., the first to reach. Its sums stay in registers.
+// volume, are copied to shared memory some steps before they are worked on. A thread owns 8 lines
+// of its cell, of K destination planes at a time, which the current plane of the source is the
+// last, ..., the first to reach; the sums stay in registers.
 //
-// For every tap along W a thread reads K + 7 cells, for 8 K^2 multiply-adds; its weights it holds
-// (K = 3) or reads four by four. Of a tile of h x w the source is read (1 + (K-1)/h)(1 + (K-1)/w)
-// times, mostly from the second cache; of a slab of n planes K-1 more than n are worked on.
+// For every tap along W a thread reads K + 7 cells, a wavefront each, for 8 K^2 multiply-adds; its
+// weights it holds (K = 3) or reads four by four. Of a tile of h x w the source is read
+// (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second cache; of a slab of n planes K-1 more
+// than n are worked on.
 #pragma once
-#include "launch.cuh"
+#include "channels_last_tile.cuh"
 
 namespace voxconv {
 namespace device {
 
 struct ChannelsShape {
-  int channels, own;             // channels, and how many of them a block owns
-  int source[3], target[3];      // sizes
-  int before[3];                 // destination o reads from source cell o - before on
-  int tile_w, tiles_w, tiles_h;  // columns of a tile; tiles
-  int slab, slabs;               // destination planes of a slab; slabs
-  int unit;                      // elements that are copied at once
-  bool turned;                   // the kernel is turned round
+  Channels channels;
+  Tiles tiles;
+  int source[3], target[3];  // sizes
+  int before[3];             // destination o reads from source cell o - before on
+  bool turned;               // the kernel is turned round
   int activation;
 };
 
-// Lines of a thread. Cells of a line of a tile, and channels of a block, at most: short runs of
-// channels leave shared memory for wide tiles, and 16 are still whole sectors of the memory.
-constexpr int kOwnLines = 8;
-constexpr int kFlatCells = 128, kMostChannels = 16;
-// Threads of a block along H, at most.
+// Threads of a block: along a line, and along H, at most.
+constexpr int kLineThreads = 128;
 template <int K>
 constexpr int kThreadRows = K > 5 ? 1 : 2;
 template <int K>
-constexpr int kChannelsThreads = kThreadRows<K> * kFlatCells;
-// Blocks that an SM holds at least, and that keep it busy.
+constexpr int kChannelsThreads = kThreadRows<K> * kLineThreads;
+// Blocks that an SM holds at least.
 template <int K>
-constexpr int kBlocksHeld = 4 / kThreadRows<K>;
-template <int K>
-constexpr int kBusyBlocks = 2 / kThreadRows<K>;
+constexpr int kChannelsBlocks = 4 / kThreadRows<K>;
 // Planes of the source in shared memory. Those of K = 3 are done with before the next one comes.
 template <int K>
 constexpr int kPlaneStages = K > 3 ? 2 : 4;
@@ -53,68 +45,36 @@ constexpr int kPlaneStages = K > 3 ? 2 : 4;
 template <int K>
 constexpr int kColumnTaps = (K * K + 3) / 4 * 4;
 template <int K>
-constexpr int kHoldsTaps = K == 3;
+constexpr bool kHoldsTaps = K == 3;
 template <int K>
 constexpr int kTapWords = K * kColumnTaps<K> * kMostChannels;
 
 template <int K>
-constexpr int kLinePitch = kFlatCells + (K - 1) * kMostChannels;
-template <int K>
-VOXCONV_HD constexpr int channels_lines(int thread_rows) {
-  return thread_rows * kOwnLines + K - 1;
-}
+constexpr int kLinePitch = line_pitch<K>(kLineThreads);
 template <int K, class T>
 VOXCONV_HD constexpr int channels_shared(int thread_rows) {
   return kTapWords<K> * static_cast<int>(sizeof(Sum<T>)) +
-         kPlaneStages<K> * channels_lines<K>(thread_rows) * kLinePitch<K> *
+         kPlaneStages<K> * (thread_rows * kOwnLines + K - 1) * kLinePitch<K> *
              static_cast<int>(sizeof(T));
 }
 
-// What a thread copies of every plane: `part` of the cells cell, cell + cells, ... of the lines
-// line, line + lines, ....
-struct Share {
-  int part, cell, cells, line, lines;
-};
-template <int K>
-__device__ Share share_of_thread(const ChannelsShape& a) {
-  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x * blockDim.y), parts = a.own / a.unit;
-  const int most = threads / parts, wide = a.tile_w + K - 1;
-  Share share;
-  share.cells = most < wide ? most : wide;
-  share.lines = most / share.cells;
-  share.part = thread % parts;
-  share.cell = thread / parts % share.cells;
-  const int line = thread / parts / share.cells;
-  share.line = line < share.lines ? line : INT32_MAX / 2;
-  return share;
-}
-
-// Copies a plane of the source with what lies around the tile that begins at destination (h, w), of
-// the channels from `channel` on, in units of type Unit.
-template <int K, class Unit, class T>
-__device__ void copy_units(const ChannelsShape& a, const Share& share, const T* plane, int h, int w,
-                           int channel, T* to) {
-  const int lines = channels_lines<K>(static_cast<int>(blockDim.y));
-  const int c = channel + share.part * a.unit, row_size = a.source[2] * a.channels;
-  for (int cell = share.cell; cell < a.tile_w + K - 1; cell += share.cells) {
-    const int column = w - a.before[2] + cell;
-    const bool live = column >= 0 && column < a.source[2] && c < a.channels;
-    int row = h - a.before[1] + share.line, from = row * row_size + column * a.channels + c;
-    T* place = to + share.line * kLinePitch<K> + cell * a.own + share.part * a.unit;
-    for (int line = share.line; line < lines; line += share.lines) {
-      const bool exists = live && static_cast<unsigned>(row) < static_cast<unsigned>(a.source[1]);
-      copy_unit(reinterpret_cast<Unit*>(place),
-                reinterpret_cast<const Unit*>(plane + (exists ? static_cast<unsigned>(from) : 0u)),
-                exists);
-      row += share.lines;
-      from += share.lines * row_size;
-      place += share.lines * kLinePitch<K>;
-    }
+// Copies the weights of the channels from `first` on to shared memory, in the order of their use.
+template <int K, class T>
+__device__ void copy_taps(const ChannelsShape& a, const T* weight, int first, Sum<T>* to) {
+  const int threads = static_cast<int>(blockDim.x * blockDim.y);
+  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < kTapWords<K>;
+       i += threads) {
+    const int own = i / 4 % kMostChannels, c = first + own;
+    const int use = i / (4 * kMostChannels) * 4 + i % 4;
+    const int kw = use / kColumnTaps<K>, kh = use % kColumnTaps<K> / K;
+    const int kd = K - 1 - use % kColumnTaps<K> % K, tap = (kd * K + kh) * K + kw;
+    const bool live = kh < K && own < a.channels.own && c < a.channels.all;
+    const int64_t from = int64_t(c) * (K * K * K) + (a.turned ? K * K * K - 1 - tap : tap);
+    to[i] = live ? widen(weight[from]) : Sum<T>(0);
   }
 }
 
-// The weights of a thread's channel, four by four in the order of their use.
+// The weights of a thread's channel, four by four.
 template <int K, class S>
 class Taps {
  public:
@@ -178,144 +138,84 @@ __device__ __forceinline__ void store_lines(Sum<T> (&sum)[kOwnLines], int activa
   }
 }
 
-// blockDim is [tile_w * own to the next 32, lines of a tile / kOwnLines]; blocks are counted by
-// channels, then by tiles, slabs and the batch.
+// blockDim is [cells of a line of a tile, to the next 32, lines / kOwnLines].
 template <class T, int K>
-__global__ void __launch_bounds__(kChannelsThreads<K>, kBlocksHeld<K>)
+__global__ void __launch_bounds__(kChannelsThreads<K>, kChannelsBlocks<K>)
     depthwise_channels_last(ChannelsShape a, const T* source, const T* weight, const T* bias,
                             T* target) {
   using S = Sum<T>;
   constexpr int kStages = kPlaneStages<K>;
-  int block = static_cast<int>(blockIdx.x);
-  const auto next = [&](int count) {
-    const int i = block % count;
-    block /= count;
-    return i;
-  };
-  const int lines = static_cast<int>(blockDim.y) * kOwnLines;
-  const int first_channel = next((a.channels + a.own - 1) / a.own) * a.own;
-  const int w = next(a.tiles_w) * a.tile_w, h = next(a.tiles_h) * lines;
-  const int first = next(a.slabs) * a.slab, n = block;  // destination plane
-  const int last = first + a.slab < a.target[0] ? first + a.slab : a.target[0];
-  const int64_t source_plane = int64_t(a.source[1]) * a.source[2] * a.channels;
-  const int64_t target_plane = int64_t(a.target[1]) * a.target[2] * a.channels;
+  const int lines = static_cast<int>(blockDim.y) * kOwnLines, halo_lines = lines + K - 1;
+  const Tile tile = tile_of_block(a.channels, a.tiles, lines, a.target[0]);
+  const int64_t source_plane = int64_t(a.source[1]) * a.source[2] * a.channels.all;
+  const int64_t target_line = int64_t(a.target[2]) * a.channels.all;
 
   // Threads behind the end of the line work in vain on its first cell.
-  const int flat = static_cast<int>(threadIdx.x) < a.tile_w * a.own ? threadIdx.x : 0;
-  const int own = flat % a.own, column = w + flat / a.own, channel = first_channel + own;
-  const int row = h + static_cast<int>(threadIdx.y) * kOwnLines;
+  const int own_cells = a.tiles.columns * a.channels.own;
+  const int flat = static_cast<int>(threadIdx.x) < own_cells ? threadIdx.x : 0;
+  const int own = flat % a.channels.own, c = tile.c + own, w = tile.w + flat / a.channels.own;
+  const int h = tile.h + static_cast<int>(threadIdx.y) * kOwnLines;
   const bool exists =
-      flat == static_cast<int>(threadIdx.x) && column < a.target[2] && channel < a.channels;
+      static_cast<int>(threadIdx.x) < own_cells && w < a.target[2] && c < a.channels.all;
 
   S* const weights = shared_memory<S>();
   T* const planes = reinterpret_cast<T*>(weights + kTapWords<K>);
-  const int plane_size = channels_lines<K>(static_cast<int>(blockDim.y)) * kLinePitch<K>;
-  const int threads = static_cast<int>(blockDim.x * blockDim.y);
-  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < kTapWords<K>;
-       i += threads) {
-    const int c = first_channel + i / 4 % kMostChannels;
-    const int place = i / (4 * kMostChannels) * 4 + i % 4;
-    const int kw = place / kColumnTaps<K>, kh = place % kColumnTaps<K> / K;
-    const int tap = ((K - 1 - place % kColumnTaps<K> % K) * K + kh) * K + kw;
-    const bool live = kh < K && i / 4 % kMostChannels < a.own && c < a.channels;
-    const int from = a.turned ? K * K * K - 1 - tap : tap;
-    weights[i] = live ? widen(weight[int64_t(c) * (K * K * K) + from]) : S(0);
-  }
-
-  const Share share = share_of_thread<K>(a);
-  const T* const from = source + n * (a.source[0] * source_plane);
-  const int steps = last - first + K - 1;
+  const WindowCopy<T, kLinePitch<K>> copy_window(
+      a.channels, a.source[1], a.source[2],
+      {tile.h - a.before[1], tile.w - a.before[2], tile.c, halo_lines, a.tiles.columns + K - 1},
+      static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x),
+      static_cast<int>(blockDim.x * blockDim.y));
+  const T* const volume = source + tile.n * a.source[0] * source_plane;
+  const int steps = tile.last - tile.first + K - 1, first = tile.first - a.before[0];
+  const auto meets = [&](int step) { return first + step >= 0 && first + step < a.source[0]; };
+  const auto place = [&](int step) { return step % kStages * (halo_lines * kLinePitch<K>); };
   const auto copy = [&](int step) {
-    const int plane = first - a.before[0] + step;
-    if (step < steps && plane >= 0 && plane < a.source[0]) {
-      const T* const cells = from + plane * source_plane;
-      T* const to = planes + step % kStages * plane_size;
-      if (a.unit * sizeof(T) == 16)
-        copy_units<K, Four<float>>(a, share, cells, h, w, first_channel, to);
-      else if (a.unit * sizeof(T) == 4)
-        copy_units<K, float>(a, share, cells, h, w, first_channel, to);
-      else
-        copy_units<K, T>(a, share, cells, h, w, first_channel, to);
-    }
+    if (step < steps && meets(step))
+      copy_window(volume + (first + step) * source_plane, planes + place(step));
     commit_copies();
   };
-  VOXCONV_UNROLL
   for (int step = 0; step < kStages - 1; ++step) copy(step);
+  copy_taps<K>(a, weight, tile.c, weights);
   __syncthreads();
   const Taps<K, S> taps(weights + own * 4);
 
-  const S start = bias && exists ? widen(bias[channel]) : S(0);
+  const S start = bias && exists ? widen(bias[c]) : S(0);
   S sum[K][kOwnLines];
   VOXCONV_UNROLL
   for (int i = 0; i < K * kOwnLines; ++i) sum[i / kOwnLines][i % kOwnLines] = start;
-  const int target_row = a.target[2] * a.channels;
-  T* to = target + (int64_t(n) * a.target[0] + first) * target_plane + row * int64_t(target_row) +
-          column * a.channels + channel;
+  T* to = target + ((tile.n * a.target[0] + tile.first) * a.target[1] + h) * target_line +
+          int64_t(w) * a.channels.all + c;
   const T* const cells = planes + static_cast<int>(threadIdx.y) * kOwnLines * kLinePitch<K> + flat;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the copies of all threads are there, and nobody reads the plane before
     copy(step + kStages - 1);
-    const int plane = first - a.before[0] + step;
-    if (plane >= 0 && plane < a.source[0]) {
-      const T* at = cells + step % kStages * plane_size;
+    if (meets(step)) {
+      const T* at = cells + place(step);
       add_column<K, true>(at, taps, 0, start, sum);
       VOXCONV_UNROLL_IF(kHoldsTaps<K>)
-      for (int kw = 1; kw < K; ++kw) add_column<K, false>(at += a.own, taps, kw, start, sum);
+      for (int kw = 1; kw < K; ++kw)
+        add_column<K, false>(at += a.channels.own, taps, kw, start, sum);
     } else {
       VOXCONV_UNROLL
-      for (int h = 0; h < kOwnLines; ++h) {
+      for (int i = 0; i < kOwnLines; ++i) {
         VOXCONV_UNROLL
-        for (int kd = K - 1; kd > 0; --kd) sum[kd][h] = sum[kd - 1][h];
-        sum[0][h] = start;
+        for (int kd = K - 1; kd > 0; --kd) sum[kd][i] = sum[kd - 1][i];
+        sum[0][i] = start;
       }
     }
     // The plane that reads this one with its last tap has all it needs.
     if (step < K - 1) continue;
-    if (exists) store_lines(sum[K - 1], a.activation, a.target[1] - row, target_row, to);
-    to += target_plane;
+    if (exists) store_lines(sum[K - 1], a.activation, a.target[1] - h, target_line, to);
+    to += a.target[1] * target_line;
   }
   wait_for_copies<0>();
-}
-
-constexpr int kMultiprocessors = 132;  // of an H200
-
-// How many of `planes` are best walked through by a block: of fewer, more blocks are made, which
-// share out the work better, but each works on K - 1 planes more.
-template <int K>
-int64_t best_slab(int64_t planes, int64_t blocks) {
-  int64_t best = planes, least = INT64_MAX;
-  for (int64_t slabs = 1; slabs <= planes; ++slabs) {
-    const int64_t slab = ceil_div(planes, slabs);
-    const int64_t busiest = ceil_div(blocks * ceil_div(planes, slab), kMultiprocessors);
-    const int64_t rest = busiest % kBlocksHeld<K>;
-    const int64_t time = busiest + (rest > 0 && rest < kBusyBlocks<K> ? kBusyBlocks<K> - rest : 0);
-    if (time * (slab + K - 1) < least) {
-      least = time * (slab + K - 1);
-      best = slab;
-    }
-    if (busiest > 4 * kBlocksHeld<K>) break;  // shared out well
-  }
-  return best;
-}
-
-// Whether depthwise_channels_last can do a pass, if it has as many taps.
-inline bool channels_suit(const Conv3dShape& shape, bool channels_last) {
-  const Axis* axis = shape.axis;
-  if (!channels_last || shape.mode != kZeros || shape.multiplier != 1) return false;
-  for (int i = 0; i < 3; ++i)
-    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
-        axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
-      return false;
-  return axis[1].in * axis[2].in <= INT32_MAX / shape.channels &&
-         axis[1].out * axis[2].out <= INT32_MAX / shape.channels;
 }
 
 template <int K, class T, class Launch>
 void launch_channels(const Launch& launch, const Conv3dShape& shape, bool backwards,
                      const T* source, const T* weight, const T* bias, int activation, T* target) {
   ChannelsShape a;
-  a.channels = static_cast<int>(shape.channels);
   a.turned = backwards;
   a.activation = activation;
   for (int i = 0; i < 3; ++i) {
@@ -324,24 +224,18 @@ void launch_channels(const Launch& launch, const Conv3dShape& shape, bool backwa
     a.target[i] = static_cast<int>(backwards ? axis.in : axis.out);
     a.before[i] = static_cast<int>(backwards ? K - 1 - axis.before : axis.before);
   }
-  // As many bytes at once as the places of all cells allow, of 16, 4, or one element.
-  constexpr int kBytes = static_cast<int>(sizeof(T));
-  const auto at = reinterpret_cast<uintptr_t>(source) | (shape.channels * kBytes);
-  a.unit = at % 16 == 0 ? 16 / kBytes : at % 4 == 0 ? 4 / kBytes : 1;
-  const int64_t groups = ceil_div(shape.channels, kMostChannels);
-  a.own = static_cast<int>(ceil_div(ceil_div(shape.channels, groups), a.unit)) * a.unit;
-  const int most = kFlatCells / a.own;
-  a.tile_w = a.target[2] < most ? a.target[2] : most;
-  a.tiles_w = static_cast<int>(ceil_div(a.target[2], a.tile_w));
-  const int64_t rows = ceil_div(a.target[1], kOwnLines);
-  const int high = rows < kThreadRows<K> ? static_cast<int>(rows) : kThreadRows<K>;
-  a.tiles_h = static_cast<int>(ceil_div(rows, high));
-  const int64_t blocks = shape.batch * ceil_div(a.channels, a.own) * a.tiles_h * int64_t(a.tiles_w);
-  a.slab = static_cast<int>(best_slab<K>(a.target[0], blocks));
-  a.slabs = static_cast<int>(ceil_div(a.target[0], a.slab));
-  const auto wide = static_cast<unsigned>(ceil_div(a.tile_w * a.own, 32) * 32);
-  launch(depthwise_channels_last<T, K>, static_cast<unsigned>(blocks * a.slabs), dim3(wide, high),
-         channels_shared<K, T>(high), a, source, weight, bias, target);
+  a.channels = share_channels<T>(shape.channels, reinterpret_cast<uintptr_t>(source));
+  const int64_t all_rows = ceil_div(a.target[1], kOwnLines);
+  const int rows = all_rows < kThreadRows<K> ? static_cast<int>(all_rows) : kThreadRows<K>;
+  a.tiles = tiles_over(a.target, a.channels, kLineThreads, rows * kOwnLines);
+  a.tiles.slab = best_slab(a.target[0], blocks_of(a.tiles, a.channels, shape.batch), K - 1,
+                           a.target[0], {kChannelsBlocks<K>, kChannelsBlocks<K> / 2});
+  a.tiles.slabs = static_cast<int>(ceil_div(a.target[0], a.tiles.slab));
+  const auto wide = ceil_div(a.tiles.columns * a.channels.own, 32) * 32;
+  launch(depthwise_channels_last<T, K>,
+         static_cast<unsigned>(blocks_of(a.tiles, a.channels, shape.batch)),
+         dim3(static_cast<unsigned>(wide), rows), channels_shared<K, T>(rows), a, source, weight,
+         bias, target);
 }
 
 // By depthwise_channels_last, if it can: `target` = activation(source * weight + bias).
