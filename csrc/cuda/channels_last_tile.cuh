@@ -9,9 +9,9 @@
 namespace voxconv {
 namespace device {
 
-// Lines of a thread. Channels of a block, at most: short runs of channels leave shared memory for
-// wide tiles, and 16 are still whole sectors of the memory.
-constexpr int kOwnLines = 8, kMostChannels = 16;
+// Channels of a block, at most: short runs of them leave shared memory for wide tiles, and 16 are
+// still whole sectors of the memory.
+constexpr int kMostChannels = 16;
 
 // Room for the line of `columns` and K - 1 more, where `cells` is at least columns * channels.
 template <int K>
@@ -121,38 +121,40 @@ Channels share_channels(int64_t channels, uintptr_t at) {
   return {static_cast<int>(channels), static_cast<int>(ceil_div(each, unit)) * unit, unit};
 }
 
-// Multiprocessors of an H200, how many blocks one of them holds, and how many keep it busy.
+// Blocks that a multiprocessor holds, and how many keep it busy.
 struct Residents {
   int held, busy;
 };
-constexpr int kMultiprocessors = 132;
+constexpr int kMultiprocessors = 132;  // of an H200
 
-// Of `planes`, how many (at most `most`) are best walked through by a block, if there would be
-// `blocks` that walk through all of them. The fewer, the better is the work shared out, but `more`
-// planes than those are worked on each time.
-inline int best_slab(int64_t planes, int64_t blocks, int more, int64_t most, Residents residents) {
-  int64_t best = 1, least = INT64_MAX;
+// Planes of a slab, and how long the multiprocessor with the most blocks works, in planes.
+struct Slab {
+  int planes;
+  int64_t time;
+};
+// The best slab (of at most `most`) for `planes`, if there would be `blocks` that walk through all
+// of them. The shorter, the better is the work shared out, but `more` planes than those of a slab
+// are worked on each time.
+inline Slab best_slab(int64_t planes, int64_t blocks, int more, int64_t most,
+                      const Residents& residents) {
+  Slab best{1, INT64_MAX};
   for (int64_t slabs = ceil_div(planes, most); slabs <= planes; ++slabs) {
     const int64_t slab = ceil_div(planes, slabs);
     const int64_t busiest = ceil_div(blocks * ceil_div(planes, slab), kMultiprocessors);
     const int64_t rest = busiest % residents.held;
     const int64_t idle = rest > 0 && rest < residents.busy ? residents.busy - rest : 0;
     const int64_t time = (busiest + idle) * (slab + more);
-    if (time < least) {
-      least = time;
-      best = slab;
-    }
+    if (time < best.time) best = {static_cast<int>(slab), time};
     if (busiest > 4 * residents.held) break;  // shared out well
   }
-  return static_cast<int>(best);
+  return best;
 }
 
 // Tiles of `lines` lines and up to `cells` cells of a line, over planes of a tensor of this size.
 inline Tiles tiles_over(const int (&size)[3], const Channels& channels, int cells, int lines) {
   Tiles tiles;
-  const int most = cells / channels.own;
-  tiles.columns = size[2] < most ? size[2] : most;
-  tiles.along_w = static_cast<int>(ceil_div(size[2], tiles.columns));
+  tiles.along_w = static_cast<int>(ceil_div(size[2], cells / channels.own));
+  tiles.columns = static_cast<int>(ceil_div(size[2], tiles.along_w));
   tiles.along_h = static_cast<int>(ceil_div(size[1], lines));
   tiles.slab = size[0];
   tiles.slabs = 1;

@@ -3,14 +3,14 @@
 // channels_last_3d:
 //   grad_weight[c, kd, kh, kw] = sum of grad[n, c, d, h, w] * x[n, c, d + kd - before, ...].
 //
-// A block owns 8 lines and some columns of a slab of planes of grad, of up to 16 channels. It walks
-// along D over the planes of x, which are copied to shared memory, with the halo of the tile and
-// zeros beyond the volume, while the one before is worked on; the K planes of grad that meet one
-// stay there. A thread owns a cell of a line, and holds the sums of the taps of all kd and kh, and
-// of all kw (K = 3, 5) or of one (K = 7: K groups of threads share the planes). A plane costs it a
-// wavefront for each of 8 K cells of grad and, for every kw, of K + 7 of x: 54 for 216
-// multiply-adds (K = 3), 100 for 1000 (5), 70 for 392 (7). Of a tile of h x w, x is read (1 +
-// (K-1)/h)(1 + (K-1)/w) times, mostly from the second cache, and grad once.
+// A block owns P lines (16 for K = 3, else 8) and some columns of a slab of planes of grad, of up
+// to 16 channels. It walks along D over the planes of x, which are copied to shared memory, with
+// the halo of the tile and zeros beyond the volume, while the one before is worked on; the K planes
+// of grad that meet one stay there. A thread owns a cell of a line, and holds the sums of the taps
+// of all kd and kh, and of all kw (K = 3, 5) or of one (K = 7: K groups of threads share the
+// planes). A plane of x costs it a wavefront for each of P K cells of grad and, for every kw, of P
+// + K - 1 of x: 102 for 432 multiply-adds (K = 3), 100 for 1000 (5), 70 for 392 (7). Of a tile of h
+// x w, x is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second cache, and grad once.
 //
 // The sums of the threads of a block are added in a fixed order and left for sum_partials. Planes
 // and lines of grad that do not exist are left out, not multiplied as zeros: a tap may only meet
@@ -28,7 +28,9 @@ struct ChannelsWeightShape {
   int x[3], grad[3], before[3];  // sizes; grad cell o reads x from o - before on
 };
 
-// Groups of threads that share out the kw, and cells of a line of a tile, at most.
+// Lines of a tile. Groups of threads that share out the kw, and cells of a line of a tile, at most.
+template <int K>
+constexpr int kGradLines = K == 3 ? 16 : 8;
 template <int K>
 constexpr int kColumnGroups = K > 5 ? K : 1;
 template <int K>
@@ -37,7 +39,7 @@ template <int K>
 constexpr int kWeightThreads = kColumnGroups<K> * kGradCells<K>;
 // Blocks that an SM holds at least.
 template <int K>
-constexpr int kWeightBlocks = K == 3   ? 4
+constexpr int kWeightBlocks = K == 3   ? 3
                               : K == 5 ? 2
                                        : 1;
 
@@ -45,9 +47,9 @@ constexpr int kWeightBlocks = K == 3   ? 4
 template <int K>
 constexpr int kGradPlanes = K + 1;
 template <int K>
-constexpr int kXPlane = (kOwnLines + K - 1) * line_pitch<K>(kGradCells<K>);
+constexpr int kXPlane = (kGradLines<K> + K - 1) * line_pitch<K>(kGradCells<K>);
 template <int K>
-constexpr int kGradPlane = kOwnLines * kGradCells<K>;
+constexpr int kGradPlane = kGradLines<K> * kGradCells<K>;
 // Bytes: planes, or sums of K taps of all threads.
 template <int K, class T>
 constexpr int kWeightShared = [] {
@@ -64,11 +66,11 @@ __device__ __forceinline__ void add_products(const T* x, int own, const T* grad,
                                              int lines, int planes,
                                              S (&sum)[K / kColumnGroups<K>][K][K]) {
   constexpr int kColumns = K / kColumnGroups<K>;
-  S columns[kColumns][kOwnLines + K - 1];
+  S columns[kColumns][kGradLines<K> + K - 1];
   VOXCONV_UNROLL
   for (int i = 0; i < kColumns; ++i) {
     VOXCONV_UNROLL
-    for (int line = 0; line < kOwnLines + K - 1; ++line)
+    for (int line = 0; line < kGradLines<K> + K - 1; ++line)
       columns[i][line] = widen(x[line * line_pitch<K>(kGradCells<K>) + i * own]);
   }
   VOXCONV_UNROLL
@@ -76,7 +78,7 @@ __device__ __forceinline__ void add_products(const T* x, int own, const T* grad,
     if (!kAll && (step < kd || step - kd >= planes)) continue;
     const T* cells = grad + (step - kd) % kGradPlanes<K> * kGradPlane<K>;
     VOXCONV_UNROLL
-    for (int h = 0; h < kOwnLines; ++h) {
+    for (int h = 0; h < kGradLines<K>; ++h) {
       if (!kAll && h >= lines) break;
       const S g = widen(cells[h * kGradCells<K>]);
       VOXCONV_UNROLL
@@ -95,9 +97,9 @@ __global__ void __launch_bounds__(kWeightThreads<K>, kWeightBlocks<K>)
                                    Sum<T>* partials) {
   using S = Sum<T>;
   constexpr int kColumns = K / kColumnGroups<K>;
-  const Tile tile = tile_of_block(a.channels, a.tiles, kOwnLines, a.grad[0]);
+  const Tile tile = tile_of_block(a.channels, a.tiles, kGradLines<K>, a.grad[0]);
   const int planes = tile.last - tile.first, first = tile.first - a.before[0];
-  const int lines = a.grad[1] - tile.h < kOwnLines ? a.grad[1] - tile.h : kOwnLines;
+  const int lines = a.grad[1] - tile.h < kGradLines<K> ? a.grad[1] - tile.h : kGradLines<K>;
   const int64_t x_plane = int64_t(a.x[1]) * a.x[2] * a.channels.all;
   const int64_t grad_plane = int64_t(a.grad[1]) * a.grad[2] * a.channels.all;
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
@@ -107,12 +109,12 @@ __global__ void __launch_bounds__(kWeightThreads<K>, kWeightBlocks<K>)
   T* const grad_planes = x_planes + 2 * kXPlane<K>;
   const WindowCopy<T, line_pitch<K>(kGradCells<K>)> copy_x(
       a.channels, a.x[1], a.x[2],
-      {tile.h - a.before[1], tile.w - a.before[2], tile.c, kOwnLines + K - 1,
+      {tile.h - a.before[1], tile.w - a.before[2], tile.c, kGradLines<K> + K - 1,
        a.tiles.columns + K - 1},
       thread, threads);
-  const WindowCopy<T, kGradCells<K>> copy_grad(a.channels, a.grad[1], a.grad[2],
-                                               {tile.h, tile.w, tile.c, kOwnLines, a.tiles.columns},
-                                               thread, threads);
+  const WindowCopy<T, kGradCells<K>> copy_grad(
+      a.channels, a.grad[1], a.grad[2], {tile.h, tile.w, tile.c, kGradLines<K>, a.tiles.columns},
+      thread, threads);
   const T* const x_volume = x + tile.n * a.x[0] * x_plane;
   const T* const grad_slab = grad + (tile.n * a.grad[0] + tile.first) * grad_plane;
   const int steps = planes + K - 1;
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kWeightThreads<K>, kWeightBlocks<K>)
     copy(step + 1);
     if (!meets(step)) continue;
     const T* const at = own_x + step % 2 * kXPlane<K>;
-    if (lines == kOwnLines && step >= K - 1 && step < planes)
+    if (lines == kGradLines<K> && step >= K - 1 && step < planes)
       add_products<K, true>(at, a.channels.own, grad_planes + flat, step, lines, planes, sum);
     else
       add_products<K, false>(at, a.channels.own, grad_planes + flat, step, lines, planes, sum);
@@ -169,9 +171,9 @@ __global__ void __launch_bounds__(kWeightThreads<K>, kWeightBlocks<K>)
   }
 }
 
-// Slabs have at most so many planes, because a thread adds 8 products of each to a sum, one after
-// the other.
-constexpr int kMostWeightSlab = 32;
+// Slabs have at most so many planes, because a thread adds up a product for each line of a plane,
+// one after the other.
+constexpr int kMostProducts = 256;
 
 template <int K, class T, class Launch>
 void launch_channels_weight(const Launch& launch, const Conv3dShape& shape, const T* x,
@@ -184,9 +186,11 @@ void launch_channels_weight(const Launch& launch, const Conv3dShape& shape, cons
   }
   a.channels = share_channels<T>(
       shape.channels, reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(grad));
-  a.tiles = tiles_over(a.grad, a.channels, kGradCells<K>, kOwnLines);
-  a.tiles.slab = best_slab(a.grad[0], blocks_of(a.tiles, a.channels, shape.batch), K - 1,
-                           kMostWeightSlab, {kWeightBlocks<K>, (kWeightBlocks<K> + 1) / 2});
+  a.tiles = tiles_over(a.grad, a.channels, kGradCells<K>, kGradLines<K>);
+  a.tiles.slab =
+      best_slab(a.grad[0], blocks_of(a.tiles, a.channels, shape.batch), K - 1,
+                kMostProducts / kGradLines<K>, {kWeightBlocks<K>, (kWeightBlocks<K> + 1) / 2})
+          .planes;
   a.tiles.slabs = static_cast<int>(ceil_div(a.grad[0], a.tiles.slab));
   const int64_t parts = shape.batch * a.tiles.along_h * int64_t(a.tiles.along_w) * a.tiles.slabs;
   const int64_t count = shape.channels * shape.taps();
