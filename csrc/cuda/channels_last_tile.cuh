@@ -170,8 +170,10 @@ inline int64_t blocks_of(const Tiles& tiles, const Channels& channels, int64_t b
 inline bool channels_suit(const Conv3dShape& shape, bool channels_last) {
   const Axis* axis = shape.axis;
   if (!channels_last || shape.mode != kZeros || shape.multiplier != 1) return false;
+  if (shape.batch == 0 || shape.channels == 0) return false;
   for (int i = 0; i < 3; ++i)
     if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 || axis[i].dilation != 1 ||
+        axis[i].in == 0 || axis[i].out == 0 ||
         axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
       return false;
   return axis[1].in * axis[2].in <= INT32_MAX / shape.channels &&

@@ -34,7 +34,7 @@ constexpr int kTall = K > 5 ? 8 : 16;
 // Threads of a block, at most, and blocks that an SM holds at least, where threads own P lines.
 constexpr int kLineThreads = 128;
 template <int K, int P>
-constexpr int kChannelsBlocks = P == 8 || K == 3 ? 4 : 3;
+constexpr int kChannelsBlocks = K == 3 || (K == 5 && P == 8) ? 4 : 3;
 // Planes of the source in shared memory. Those of K = 3 are done with before the next one comes.
 template <int K>
 constexpr int kPlaneStages = K > 3 ? 2 : 4;
