@@ -3,14 +3,15 @@
 // channels_last_3d:
 //   grad_weight[c, kd, kh, kw] = sum of grad[n, c, d, h, w] * x[n, c, d + kd - before, ...].
 //
-// A block owns P lines (16 for K = 3, else 8) and some columns of a slab of planes of grad, of up
+// A block owns P lines (8 for K = 5, else 16) and some columns of a slab of planes of grad, of up
 // to 16 channels. It walks along D over the planes of x, which are copied to shared memory, with
 // the halo of the tile and zeros beyond the volume, while the one before is worked on; the K planes
 // of grad that meet one stay there. A thread owns a cell of a line, and holds the sums of the taps
 // of all kd and kh, and of all kw (K = 3, 5) or of one (K = 7: K groups of threads share the
-// planes). A plane of x costs it a wavefront for each of P K cells of grad and, for every kw, of P
-// + K - 1 of x: 102 for 432 multiply-adds (K = 3), 100 for 1000 (5), 70 for 392 (7). Of a tile of h
-// x w, x is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second cache, and grad once.
+// planes). A plane of x costs it a wavefront for each of P K cells of grad and, for every kw, of
+// P + K - 1 of x: 102 for 432 multiply-adds (K = 3), 100 for 1000 (5), 134 for 784 (7). Of a tile
+// of h x w, x is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second cache, and grad
+// once.
 //
 // The sums of the threads of a block are added in a fixed order and left for sum_partials. Planes
 // and lines of grad that do not exist are left out, not multiplied as zeros: a tap may only meet
@@ -30,7 +31,7 @@ struct ChannelsWeightShape {
 
 // Lines of a tile. Groups of threads that share out the kw, and cells of a line of a tile, at most.
 template <int K>
-constexpr int kGradLines = K == 3 ? 16 : 8;
+constexpr int kGradLines = K == 5 ? 8 : 16;
 template <int K>
 constexpr int kColumnGroups = K > 5 ? K : 1;
 template <int K>
