@@ -28,9 +28,9 @@ ROWS = [
 ]
 
 MANY_BLOCKS = [  # so many that slabs are longer than the kernel, and threads own 16 lines
-    Case("dw3_many", n=140, channels=2, size=(4, 32, 1), padding=1),
-    Case("dw5_many", n=140, channels=2, size=(6, 32, 1), kernel=FIVE, padding=2),
-    Case("dw7_many", n=140, channels=2, size=(8, 16, 1), kernel=SEVEN, padding=3),
+    Case("dw3_many", n=133, channels=2, size=(3, 32, 1), padding=1),
+    Case("dw5_many", n=133, channels=2, size=(5, 32, 1), kernel=FIVE, padding=2),
+    Case("dw7_many", n=133, channels=2, size=(7, 16, 1), kernel=SEVEN, padding=3),
 ]
 
 
