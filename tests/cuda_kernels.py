@@ -20,9 +20,10 @@ from testing import DTYPES, PASSES, bitwise_equal, on
 from voxconv import _ops, autograd
 from voxconv._geometry import PADDING_MODES, Geometry
 from voxconv._layout import is_channels_last
+from voxconv._settings import CUDA_WAYS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-WAYS = ("choose", "any", "planes", "lines", "slabs", "weight_lines")  # Way of csrc/cuda/launch.cuh
+WAYS = ("choose", *CUDA_WAYS)
 
 
 class Shape(ctypes.Structure):

@@ -21,8 +21,8 @@
 namespace voxconv {
 namespace device {
 
-constexpr int kLineThreads = 256;  // of a block, at most
-constexpr int kLineGroups = 8;     // plane taps of a block, at most
+constexpr int kWeightLineThreads = 256;  // of a block, at most
+constexpr int kLineGroups = 8;           // plane taps of a block, at most
 
 struct LinesAxis {
   int x, grad, kernel, stride, dilation, before;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void add_rows(const S* x, int pitch, int tap_step, co
 // blockDim is [columns of a tile, threads along rows, plane taps]; blocks are counted by chunks of
 // taps, then by tiles and slabs, then by filters and samples.
 template <class T, int Q, int W>
-__global__ void __launch_bounds__(kLineThreads, 2)
+__global__ void __launch_bounds__(kWeightLineThreads, 2)
     depthwise_weight_lines(WeightLinesShape a, const T* x, const T* grad, Sum<T>* partials) {
   using S = Sum<T>;
   int64_t rest = blockIdx.x;
@@ -231,7 +231,7 @@ bool launch_lines(const Launch& launch, const Conv3dShape& shape, WeightLinesSha
   a.columns = even_tile(c.grad, 32);
   a.column_tiles = static_cast<int>(ceil_div(c.grad, a.columns));
   const int64_t class_rows = ceil_div(r.grad, a.row_stride);
-  const int64_t high = kLineThreads / (a.columns * groups),
+  const int64_t high = kWeightLineThreads / (a.columns * groups),
                 wanted = ceil_div(class_rows, kLineRows);
   const int threads_h = static_cast<int>(high < wanted ? (high < 1 ? 1 : high) : wanted);
   a.row_tiles = static_cast<int>(ceil_div(class_rows, threads_h * kLineRows));

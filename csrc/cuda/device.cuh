@@ -10,13 +10,16 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define VOXCONV_PRAGMA(text) _Pragma(#text)
 #define VOXCONV_UNROLL _Pragma("unroll")
+#define VOXCONV_UNROLL_IF(condition) VOXCONV_PRAGMA(unroll((condition) ? 1024 : 1))
 #else
 #include <cmath>
 
 #include "../cpu/half.h"
 #include "cuda_on_cpu.h"
 #define VOXCONV_UNROLL
+#define VOXCONV_UNROLL_IF(condition)
 #endif
 
 namespace voxconv {
@@ -192,6 +195,17 @@ __device__ __forceinline__ void copy_column(const T* from, int64_t pitch, int li
     VOXCONV_UNROLL
     for (int n = 0; n < kTogether; ++n, to += by * to_pitch)
       if (kTogether > 1 && i + n * by < count) *to = widen(cell[n]);
+  }
+}
+
+// Copies a unit to shared memory as it is, or zeros; later, if it has 4 bytes at least.
+template <class Unit>
+__device__ inline void copy_unit(Unit* to, const Unit* from, bool exists) {
+  if constexpr (sizeof(Unit) >= 4) {
+    copy_later<sizeof(Unit)>(to, from, exists);
+  } else {
+    const Unit zero{};
+    *to = exists ? *from : zero;
   }
 }
 

@@ -13,8 +13,9 @@ namespace device {
 
 // Which kernel family a pass is to take (VOXCONV_CUDA_WAY); one that cannot do a pass leaves it to
 // the next in the order of depthwise_launch.cuh.
-enum class Way { choose, any, planes, lines, slabs, weight_lines };
-constexpr const char* kWayNames[] = {"choose", "any", "planes", "lines", "slabs", "weight_lines"};
+enum class Way { choose, any, planes, channels, lines, slabs, weight_lines, toeplitz, hankel };
+constexpr const char* kWayNames[] = {"choose", "any",          "planes",   "channels", "lines",
+                                     "slabs",  "weight_lines", "toeplitz", "hankel"};
 constexpr int kWays = sizeof kWayNames / sizeof *kWayNames;
 
 // Whether `own` may run a pass where `asked` was asked for.

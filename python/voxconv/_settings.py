@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import warnings
 
-CUDA_WAYS = ("any", "planes", "lines", "slabs", "weight_lines")  # kernel families of csrc/cuda/launch.cuh
+# Kernel families, in the order of csrc/cuda/launch.cuh.
+CUDA_WAYS = ("any", "planes", "channels", "lines", "slabs", "weight_lines", "toeplitz", "hankel")
 CPU_LEVELS = ("x86-64-v4", "x86-64-v3", "baseline")  # from the most a processor can do to the least
 
 # What each may be, as a test and in words.
