@@ -81,6 +81,6 @@ def at_threads() -> Callable[[int, Callable[[], object]], object]:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
     """The CUDA kernels, for the CPU."""
-    return cuda_kernels.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    return cuda_kernels.build()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from voxconv._layout import is_channels_last
 from voxconv._settings import CUDA_WAYS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
+ROOT = HERE.parent.parent
 WAYS = ("choose", *CUDA_WAYS)
 
 
@@ -55,14 +58,30 @@ class Work(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """The library of the kernels, built by the C++ compiler."""
+def build() -> ctypes.CDLL:
+    """The library of the kernels, by the C++ compiler; one that was built from the same is kept."""
     compiler = shutil.which("c++")
     assert compiler, "the package is built with c++"
-    library = folder / "kernels.so"
-    sources = [str(path) for path in sorted(HERE.glob("*.cpp"))]
+    sources = sorted(HERE.glob("*.cpp"))
+    read = [*sources, *HERE.glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")]
+    read += (ROOT / "csrc" / "common").glob("conv3d.h")
     flags = ["-O1", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{HERE}"]
-    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    library = ROOT / "build" / "cuda_on_cpu" / f"{digest.hexdigest()[:16]}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of all processes that test, one builds
+        if not library.exists():
+            for old in library.parent.glob("*.so"):
+                old.unlink()
+            command = [compiler, *flags, *map(str, sources), "-o", str(library)]
+            subprocess.run(command, check=True)
+    return load(library)
+
+
+def load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for function in (loaded.run_depthwise, loaded.plan_depthwise, loaded.run_fault):
         function.restype = ctypes.c_char_p
