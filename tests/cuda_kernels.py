@@ -20,7 +20,7 @@ from voxconv._geometry import Geometry
 from voxconv._layout import is_channels_last
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-WAYS = ("choose", "any", "planes")  # Way of csrc/cuda/launch.cuh
+WAYS = ("choose", "any", "planes", "toeplitz")  # Way of csrc/cuda/launch.cuh
 
 
 class Shape(ctypes.Structure):
@@ -50,7 +50,8 @@ def build(folder: Path) -> ctypes.CDLL:
     flags = ["-O1", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{HERE}"]
     subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.run_depthwise.restype = loaded.run_fault.restype = ctypes.c_char_p
+    for run in (loaded.run_depthwise, loaded.run_fault, loaded.run_product, loaded.run_pieces):
+        run.restype = ctypes.c_char_p
     return loaded
 
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "depthwise_any.cuh"
 #include "depthwise_planes.cuh"
+#include "depthwise_toeplitz.cuh"
 
 namespace voxconv {
 namespace device {
@@ -15,6 +16,9 @@ void launch_forward(const Launch& launch, const Conv3dShape& shape, bool channel
   const int64_t cells =
       shape.batch * shape.channels * shape.multiplier * axis[0].out * axis[1].out * axis[2].out;
   if (cells == 0) return;
+  if (allows(way, Way::toeplitz) &&
+      by_toeplitz(launch, shape, channels_last, false, x, weight, bias, activation, y))
+    return;
   if (allows(way, Way::planes) &&
       by_planes(launch, shape, channels_last, false, x, weight, bias, activation, y))
     return;
@@ -29,6 +33,9 @@ void launch_grad_input(const Launch& launch, const Conv3dShape& shape, bool chan
   const Axis* axis = shape.axis;
   const int64_t cells = shape.batch * shape.channels * axis[0].in * axis[1].in * axis[2].in;
   if (cells == 0) return;
+  if (allows(way, Way::toeplitz) &&
+      by_toeplitz(launch, shape, channels_last, true, grad, weight, bias, kIdentity, grad_x))
+    return;
   if (allows(way, Way::planes) &&
       by_planes(launch, shape, channels_last, true, grad, weight, bias, kIdentity, grad_x))
     return;
