@@ -20,7 +20,7 @@ from voxconv._geometry import Geometry
 from voxconv._layout import is_channels_last
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-WAYS = ("choose", "any", "planes", "toeplitz")  # Way of csrc/cuda/launch.cuh
+WAYS = ("choose", "any", "planes", "toeplitz", "hankel")  # Way of csrc/cuda/launch.cuh
 
 
 class Shape(ctypes.Structure):

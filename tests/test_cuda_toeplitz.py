@@ -44,6 +44,13 @@ def test_toeplitz(case: Case, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
         assert_case(case, case.make(dtype), dtype, versus_torch=True)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_hankel(case: Case, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
+    with cuda_kernels(kernels, "hankel"):
+        assert_case(case, case.make(dtype), dtype, versus_torch=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_non_finite_cells_reach_their_field_only(value: float, kernels: ctypes.CDLL) -> None:
     """The zeros between the taps of a tile are no taps."""

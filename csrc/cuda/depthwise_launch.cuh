@@ -3,6 +3,7 @@
 // order given here.
 #pragma once
 #include "depthwise_any.cuh"
+#include "depthwise_hankel.cuh"
 #include "depthwise_planes.cuh"
 #include "depthwise_toeplitz.cuh"
 
@@ -47,6 +48,8 @@ void launch_grad_input(const Launch& launch, const Conv3dShape& shape, bool chan
 template <class T, class Launch>
 void launch_grad_weight(const Launch& launch, const Conv3dShape& shape, bool channels_last, Way way,
                         const T* x, const T* grad, T* grad_weight) {
+  if (allows(way, Way::hankel) && by_hankel(launch, shape, channels_last, x, grad, grad_weight))
+    return;
   const int64_t blocks = shape.channels * shape.multiplier * shape.taps();
   launch(depthwise_grad_weight_any<T>, static_cast<unsigned>(blocks), kAnyThreads,
          kAnyThreads * sizeof(Sum<T>), shape, input_of(shape, channels_last, x),

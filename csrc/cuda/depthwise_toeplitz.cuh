@@ -70,46 +70,6 @@ VOXCONV_HD int toeplitz_taps(int kh) {
   return (4 * kPieces<S, J> + (kPlanesOf<J> + 1) * kh * kTapPairs<S> + 3) / 4 * 4;
 }
 
-// 8 neighbours.
-struct alignas(16) Piece {
-  uint32_t of[4];
-};
-
-// Cells [first, first + 8) of a line of `count`, zeros beyond its ends.
-__device__ inline Piece load_piece(const uint16_t* line, int first, int count, bool aligned) {
-  if (!aligned) {
-    Piece piece;
-    VOXCONV_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int low = first + 2 * i, high = low + 1;
-      const uint32_t a = low >= 0 && low < count ? line[low] : 0;
-      const uint32_t b = high >= 0 && high < count ? line[high] : 0;
-      piece.of[i] = a | b << 16;
-    }
-    return piece;
-  }
-  // Two pieces of the tensor, moved by first % 8 cells.
-  uint32_t cells[8] = {};
-  const int at = first & ~7, move = first & 7;
-  VOXCONV_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int from = at + 8 * i;
-    if (from < 0 || from >= count || (i == 1 && move == 0)) continue;
-    const Piece piece = *reinterpret_cast<const Piece*>(line + from);
-    VOXCONV_UNROLL
-    for (int j = 0; j < 4; ++j) cells[4 * i + j] = piece.of[j];
-  }
-  VOXCONV_UNROLL
-  for (int i = 0; i < 6; ++i) cells[i] = move & 4 ? cells[i + 2] : cells[i];
-  VOXCONV_UNROLL
-  for (int i = 0; i < 5; ++i) cells[i] = move & 2 ? cells[i + 1] : cells[i];
-  Piece piece;
-  VOXCONV_UNROLL
-  for (int i = 0; i < 4; ++i)
-    piece.of[i] = move & 1 ? cells[i] >> 16 | cells[i + 1] << 16 : cells[i];
-  return piece;
-}
-
 // Stores two neighbours, of which the first `count` exist.
 template <class T>
 __device__ inline void store_two(T* to, float first, float second, int count, bool aligned) {
@@ -205,8 +165,8 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
     for (int i = thread; i < (line_end - line_begin) * pieces; i += threads) {
       const int line = line_begin + i / pieces, piece = piece_begin + i % pieces;
       const T* cells = plane + (first_h + line) * int64_t(a.source[2]);
-      *reinterpret_cast<Piece*>(place + line * pitch + 8 * piece) = load_piece(
-          reinterpret_cast<const uint16_t*>(cells), first_w + 8 * piece, a.source[2], a.aligned);
+      *reinterpret_cast<Piece*>(place + line * pitch + 8 * piece) =
+          load_cells<8>(cells, first_w + 8 * piece, a.source[2], a.aligned).whole();
     }
   };
 

@@ -11,7 +11,7 @@ namespace device {
 
 // Which kernel family a pass is to take (VOXCONV_CUDA_WAY); one that cannot do a pass leaves it to
 // the next in the order of depthwise_launch.cuh.
-enum class Way { choose, any, planes, toeplitz };
+enum class Way { choose, any, planes, toeplitz, hankel };
 
 // Whether `own` may run a pass where `asked` was asked for.
 inline bool allows(Way asked, Way own) { return asked == Way::choose || asked == own; }

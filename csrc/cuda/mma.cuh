@@ -48,5 +48,55 @@ void multiply_add(float (&sum)[4], const uint32_t (&left)[2], const uint32_t (&r
 }
 #endif
 
+// 8 neighbours.
+struct alignas(16) Piece {
+  uint32_t of[4];
+};
+
+// Some neighbours, two in a register.
+struct Cells {
+  uint32_t of[8] = {};
+
+  __device__ Piece whole() const { return {{of[0], of[1], of[2], of[3]}}; }
+  // Neighbours i and i + 1.
+  __device__ uint32_t pair(int i) const {
+    return i % 2 == 0 ? of[i / 2] : of[i / 2] >> 16 | of[i / 2 + 1] << 16;
+  }
+};
+
+// Cells [first, first + N), N 8 or 9, of a line of `count`, zeros beyond its ends. Of `aligned`
+// lines, which begin at multiples of 16 bytes, two pieces are loaded and moved by first % 8 cells.
+template <int N, class T>
+__device__ inline Cells load_cells(const T* line, int first, int count, bool aligned) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(line);
+  Cells cells;
+  if (!aligned) {
+    VOXCONV_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const int at = first + i;
+      const uint32_t cell = at >= 0 && at < count ? bits[at] : 0;
+      cells.of[i / 2] |= cell << i % 2 * 16;
+    }
+    return cells;
+  }
+  const int move = first & 7;
+  VOXCONV_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int from = first - move + 8 * i;
+    if (from < 0 || from >= count || (N == 8 && i == 1 && move == 0)) continue;
+    const Piece piece = *reinterpret_cast<const Piece*>(bits + from);
+    VOXCONV_UNROLL
+    for (int j = 0; j < 4; ++j) cells.of[4 * i + j] = piece.of[j];
+  }
+  VOXCONV_UNROLL
+  for (int i = 0; i < 6; ++i) cells.of[i] = move & 4 ? cells.of[i + 2] : cells.of[i];
+  VOXCONV_UNROLL
+  for (int i = 0; i < 6; ++i) cells.of[i] = move & 2 ? cells.of[i + 1] : cells.of[i];
+  VOXCONV_UNROLL
+  for (int i = 0; i < 5; ++i)
+    cells.of[i] = move & 1 ? cells.of[i] >> 16 | cells.of[i + 1] << 16 : cells.of[i];
+  return cells;
+}
+
 }  // namespace device
 }  // namespace voxconv
