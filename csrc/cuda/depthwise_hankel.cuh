@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kHankelThreads<QW>)
     }
   };
 
-  const int lane = thread % 32, warp = thread / 32;
+  const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be shared
   const int first_kh = warp % a.groups_h * a.taps_h, part = warp / a.groups_h;
   const int column = part % a.wide * 16, line = part / a.wide * a.lines;
   const int own_taps = a.kernel[1] - first_kh < a.taps_h ? a.kernel[1] - first_kh : a.taps_h;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kHankelThreads<QW>)
     if (plane < first) continue;
     // The lane's row of the gradient, and of x its first pair.
     const int row = lane % 8, from = plane + newest - row;
-    const bool exists = from >= 0 && from < a.grad[0] && first_kd + row < a.kernel[0];
+    const bool exists = from >= 0 && from < a.grad[0];
     const uint16_t* rows =
         exists ? planes + from % a.planes() * plane_size + (line + lane / 8 % 2) * pitch + column
                : zeros;
@@ -254,7 +254,6 @@ __global__ void __launch_bounds__(kHankelSums* kHankelSharers)
 
 // Bytes of shared memory of a block: 3 of them have what a multiprocessor of an H200 has.
 constexpr int kHankelShared = 74 << 10;
-constexpr int kHankelMultiprocessors = 132;
 
 // Cuts the lines of the gradient for blocks of some warps, so that the fewest are worked on;
 // whether that can be done.
@@ -265,8 +264,10 @@ bool cut_lines(HankelShape& a) {
   const int64_t columns = ceil_div(a.grad[2], 16), most_wide = units < 4 ? units : 4;
   a.blocks_w = static_cast<int>(ceil_div(columns, most_wide));
   a.wide = static_cast<int>(ceil_div(columns, a.blocks_w));
-  constexpr int kWarps = 6, kAhead = 4;  // wanted; lines of work before the first of a part
-  const int64_t wanted = ceil_div(kWarps, a.wide * a.groups_h);
+  // Warps that are wanted, of 8 lines or more; lines of work before the first of a part.
+  constexpr int kWarps = 6, kAhead = 4;
+  const int64_t enough = ceil_div(kWarps, a.wide * a.groups_h), full = ceil_div(a.grad[1], 8);
+  const int64_t wanted = enough < full ? enough : full;
   int64_t least = INT64_MAX;
   HankelShape best = a;
   for (a.segments = units / a.wide; a.segments > 0; --a.segments) {
@@ -292,7 +293,7 @@ bool launch_hankel(const Launch& launch, HankelShape a, const T* x, const T* gra
   int64_t least = INT64_MAX;
   for (int slabs = 1; slabs <= a.x[0]; ++slabs) {
     const int64_t slab = ceil_div(a.x[0], slabs), ahead = 2;  // planes of work before the first
-    const int64_t time = ceil_div(columns * slabs, kHankelMultiprocessors) * (slab + ahead);
+    const int64_t time = ceil_div(columns * slabs, launch.multiprocessors()) * (slab + ahead);
     if (time >= least) continue;
     least = time;
     a.slab = static_cast<int>(slab);

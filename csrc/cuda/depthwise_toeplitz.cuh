@@ -7,77 +7,40 @@
 // the rows of a product. A piece of 8 lines x 8 cells in shared memory is so part of the operands
 // of 2 S tiles of outputs, and of all planes that read it.
 //
-// A warp owns 16 lines of J tiles of G planes, as two halves of 8 lines, which may lie in different
-// groups of planes: 8 lines are no waste then. For a plane of the source, each line of taps (kh)
-// and each of the planes it is for, it multiplies; the sums stay in registers. A block owns some
-// groups of G planes, each with a plane of the source at a time, and the next one on its way;
-// planes are read (G + KD - 1) / G times, mostly from the second cache. Taps are kept as the pairs
-// that a lane needs, (tap[i], tap[i + 1]) for each i from -7 on, so that a register is one load,
-// for the G kd that a plane is multiplied with, and the next.
+// A warp owns 16 lines of J tiles, as two halves of 8 lines, which may lie in different groups of
+// planes: 8 lines are no waste then. It keeps sums of G planes of each, and multiplies each plane
+// of the source, line by line (kh), for all of these that read it. A block shares out the planes of
+// the source, each of which is copied while the one before it is worked on.
+//   If G is KD, a group is a slab that the warp walks along: the next plane takes the place of one
+//   that is done.
+//   Else a group has G planes at most, and their (G + KD - 1) planes of the source are read for
+//   them alone, mostly from the second cache; only the taps for the current one are kept.
+// Taps are kept as the pairs that a lane needs, (tap[i], tap[i + 1]) for each i from -7 on, so that
+// a register is one load.
 //
 // Per output KD KH S / 128 products (of 4096 operations) and, for each, 2/J + 4 (J + 2S - 1) /
-// (G J 2S) (G + KD - 1) / KD wavefronts of shared memory. On an H200 a multiprocessor makes a
-// product in 1.6 clocks (60 % of its peak) and a wavefront in one: with 7 taps, J = 3 and G = 6
-// that is 0.61 clocks against 0.54, where 343 FMAs take 2.7. With 21 it is 11 against 7.4, for 72.
+// (G J 2S) wavefronts of shared memory where all of the G planes read a plane. On an H200 a
+// multiprocessor makes a product in 1.6 clocks (60 % of its peak) and a wavefront in one: with 7
+// taps and J = 3 that is 0.61 clocks against 0.40, where 343 FMAs take 2.7. With 21 it is 11
+// against 7.4, for 72.
 //
 // A zero of T times infinity is no zero. An output that is NaN at the end may have got it from a
 // cell in its tile that it does not read: it is summed up once more without T.
 #pragma once
-#include "launch.cuh"
+#include "depthwise_toeplitz_plan.h"
 #include "mma.cuh"
 
 namespace voxconv {
 namespace device {
 
-struct ToeplitzShape {
-  int64_t targets;           // batch * channels of the target
-  int channels, multiplier;  // of the target, targets that share a source
-  int source[3], target[3];  // sizes
-  int kernel[3], before[3];  // destination o reads from source cell o - before on
-  int wide, high, groups;    // a block's warps along w, halves along h, groups of planes
-  int planes;                // of a group
-  int blocks_d, blocks_h, blocks_w;
-  bool turned;   // the kernel is turned round
-  bool aligned;  // lines of the source begin at multiples of 16 bytes
-  int activation;
-
-  VOXCONV_HD int64_t lines() const { return high * 8 + kernel[1] - 1; }
-};
-
-constexpr int kToeplitzThreads = 256;  // of a block, at most
-
-// A warp's tiles along w, and planes; with these, sums, cells and taps fit 128 registers.
-template <int J>
-constexpr int kPlanesOf = J == 2   ? 8
-                          : J == 3 ? 6
-                                   : 4;
-
-// Pairs of taps of a line, and pieces of 8 cells that a warp reads of one.
-template <int S>
-constexpr int kTapPairs = 16 * S + 6;
-template <int S, int J>
-constexpr int kPieces = J + 2 * S - 1;
-
-// Cells from a line to the next in shared memory: an odd number of pieces, so that 8 lines of a
-// piece lie in different banks.
-template <int S, int J>
-VOXCONV_HD int toeplitz_pitch(int wide) {
-  return 8 * ((wide * J + 2 * S - 1) | 1);
-}
-// Pairs of taps, with a line of zeros before them, in whole 16 bytes.
-template <int S, int J>
-VOXCONV_HD int toeplitz_taps(int kh) {
-  return (4 * kPieces<S, J> + (kPlanesOf<J> + 1) * kh * kTapPairs<S> + 3) / 4 * 4;
-}
-
 // Stores two neighbours, of which the first `count` exist.
 template <class T>
-__device__ inline void store_two(T* to, float first, float second, int count, bool aligned) {
+__device__ inline void store_two(T* to, const float (&from)[2], int count, bool aligned) {
   struct alignas(4) Two {
     T of[2];
   } two;
-  narrow(two.of[0], first);
-  narrow(two.of[1], second);
+  narrow(two.of[0], from[0]);
+  narrow(two.of[1], from[1]);
   if (aligned && count >= 2) {
     *reinterpret_cast<Two*>(to) = two;
     return;
@@ -108,11 +71,12 @@ __device__ float exact_output(const ToeplitzShape& a, const T* source, const T* 
 // blockDim is 32 * warps. Blocks are counted by their tiles along w, then h, then d, then by
 // channels. Shared memory: a line of zeros, the taps, and for each of the two steps and each group
 // a plane of the source.
-template <class T, int S, int J>
+template <class T, int S, int J, int G, bool Walk>
 __global__ void __launch_bounds__(kToeplitzThreads, 2)
     depthwise_toeplitz(ToeplitzShape a, const T* source, const T* weight, const T* bias,
                        T* target) {
-  constexpr int G = kPlanesOf<J>, kSlots = G + 1;
+  constexpr ToeplitzKind kKind = {S, J, G, Walk};
+  constexpr int kPieces = kKind.pieces(), kPairs = kKind.pairs(), kPlaces = kKind.places();
   int64_t rest = blockIdx.x;
   const int w = static_cast<int>(rest % a.blocks_w) * a.wide * 8 * J;
   rest /= a.blocks_w;
@@ -121,39 +85,40 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
   const int d = static_cast<int>(rest % a.blocks_d) * a.groups * a.planes;
   rest /= a.blocks_d;
   const int channel = static_cast<int>(rest % a.channels);
-  const int KD = a.kernel[0], KH = a.kernel[1], KW = a.kernel[2];
+  const int KD = Walk ? G : a.kernel[0], KH = a.kernel[1], KW = a.kernel[2];
   const int64_t source_plane = int64_t(a.source[1]) * a.source[2];
   const T* from = source + rest / a.multiplier * (a.source[0] * source_plane);
   T* to = target + rest * (a.target[0] * (int64_t(a.target[1]) * a.target[2]));
   const T* own_taps = weight + channel * (int64_t(KD) * KH * KW);
   const float start = bias ? widen(bias[channel]) : 0.0f;
 
-  const int pitch = toeplitz_pitch<S, J>(a.wide), lines = static_cast<int>(a.lines());
+  const int pitch = kKind.pitch(a.wide), lines = a.lines();
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int tap_slot = KH * kTapPairs<S>, all_taps = toeplitz_taps<S, J>(KH);
+  const int tap_place = KH * kPairs;
   uint32_t* zeros = shared_memory<uint32_t>();
-  uint32_t* taps = zeros + 4 * kPieces<S, J>;
-  uint16_t* planes = reinterpret_cast<uint16_t*>(zeros + all_taps);
-  for (int i = thread; i < 4 * kPieces<S, J>; i += threads) zeros[i] = 0;
+  uint32_t* taps = zeros + 4 * kPieces;
+  uint16_t* planes = reinterpret_cast<uint16_t*>(zeros + kKind.taps(KH));
+  for (int i = thread; i < 4 * kPieces; i += threads) zeros[i] = 0;
   // What of a plane lies outside of the source stays zero.
   for (int i = thread; i < a.groups * lines * pitch; i += threads)
     reinterpret_cast<uint32_t*>(planes)[i] = 0;
 
   // The pairs of the taps of one kd.
   const auto copy_taps = [&](int kd) {
-    uint32_t* slot = taps + kd % kSlots * tap_slot;
-    for (int i = thread; i < tap_slot; i += threads) {
-      const int kh = i / kTapPairs<S>, kw = i % kTapPairs<S> - 7;
+    uint32_t* place = taps + kd % kPlaces * tap_place;
+    for (int i = thread; i < tap_place; i += threads) {
+      const int kh = i / kPairs, kw = i % kPairs - 7;
       const auto bits = [&](int k) -> uint32_t {
         if (k < 0 || k >= KW) return 0;
         const int tap = (kd * KH + kh) * KW + k;
         return reinterpret_cast<const uint16_t*>(own_taps)[a.turned ? KD * KH * KW - 1 - tap : tap];
       };
-      slot[i] = bits(kw) | bits(kw + 1) << 16;
+      place[i] = bits(kw) | bits(kw + 1) << 16;
     }
   };
 
-  // Lines and pieces of a plane in shared memory that have cells of the source, and where they are.
+  // Lines and pieces of a plane in shared memory that have cells of the source. A thread copies the
+  // same piece of some lines.
   const int first_h = h - a.before[1], first_w = w - a.before[2];
   const int line_begin = first_h < 0 ? -first_h : 0;
   const int line_end = a.source[1] - first_h < lines ? a.source[1] - first_h : lines;
@@ -161,42 +126,80 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
   const int piece_limit = (a.source[2] - first_w + 7) / 8;
   const int piece_end = piece_limit < pitch / 8 ? piece_limit : pitch / 8;
   const int pieces = piece_end > piece_begin ? piece_end - piece_begin : 0;
+  const int copied_lines = pieces == 0 ? 0 : threads / pieces;
+  const int own_line = copied_lines == 0 || thread >= copied_lines * pieces
+                           ? line_end
+                           : line_begin + thread / pieces;
+  const int own_piece = pieces == 0 ? 0 : piece_begin + thread % pieces;
   const auto copy_plane = [&](const T* plane, uint16_t* place) {
-    for (int i = thread; i < (line_end - line_begin) * pieces; i += threads) {
-      const int line = line_begin + i / pieces, piece = piece_begin + i % pieces;
-      const T* cells = plane + (first_h + line) * int64_t(a.source[2]);
-      *reinterpret_cast<Piece*>(place + line * pitch + 8 * piece) =
-          load_cells<8>(cells, first_w + 8 * piece, a.source[2], a.aligned).whole();
-    }
+    for (int line = own_line; line < line_end; line += copied_lines)
+      *reinterpret_cast<Piece*>(place + line * pitch + 8 * own_piece) =
+          load_cells<8>(plane + (first_h + line) * int64_t(a.source[2]), first_w + 8 * own_piece,
+                        a.source[2], a.aligned)
+              .whole();
   };
 
-  // Where the lane reads pieces, and what its sums are for: two halves of 8 lines.
-  const int lane = thread % 32, warp = thread / 32;
+  // Where the lane reads pieces, and what its sums are for: two halves of 8 lines. The lines of
+  // taps that meet lines of the source in one of them.
+  const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);  // known to be shared
   const int column = warp % a.wide * 8 * J, halves = 2 * (warp / a.wide);
   const int reads = halves + lane / 8 % 2, group = reads / a.high;
-  const int line = reads % a.high * 8 + lane % 8;
-  const uint32_t* own = taps + 2 * (lane % 4) - lane / 4 + 7;
+  const int upper = first_h + halves % a.high * 8, lower = first_h + (halves + 1) % a.high * 8;
+  const int top = upper < lower ? upper : lower, bottom = (upper < lower ? lower : upper) + 7;
+  const int first_kh = bottom < 0 ? -bottom : 0;
+  const int live_kh = (a.source[1] - top < KH ? a.source[1] - top : KH) - first_kh;
+  const int line = reads % a.high * 8 + lane % 8 + first_kh;
+  const uint32_t* own = taps + first_kh * kPairs + 2 * (lane % 4) - lane / 4 + 7;
 
   float sum[G][J][4];
   VOXCONV_UNROLL
   for (int i = 0; i < G * J * 4; ++i) sum[i / 4 / J][i / 4 % J][i % 4] = start;
 
+  // Stores plane `plane` of the groups, whose sums are the first, and moves the others up.
+  const int o_w = w + column + 2 * (lane % 4);
+  bool bad = false;
+  const auto finish = [&](int plane) {
+    VOXCONV_UNROLL
+    for (int i = 0; i < 2 * J; ++i) {
+      const int half = halves + i % 2, j = i / 2, count = a.target[2] - o_w - 8 * j;
+      const int o_d = d + half / a.high * a.planes + plane;
+      const int o_h = h + half % a.high * 8 + lane / 4;
+      if (half / a.high >= a.groups || o_d >= a.target[0] || o_h >= a.target[1]) continue;
+      float two[2] = {sum[0][j][i % 2 * 2], sum[0][j][i % 2 * 2 + 1]};
+      bad = bad || two[0] != two[0] || two[1] != two[1];
+      if (a.activation != kIdentity) {
+        two[0] = activate(two[0], a.activation);
+        two[1] = activate(two[1], a.activation);
+      }
+      store_two(to + (int64_t(o_d) * a.target[1] + o_h) * a.target[2] + o_w + 8 * j, two, count,
+                a.target[2] % 2 == 0);
+    }
+  };
+  const auto move_up = [&] {
+    VOXCONV_UNROLL
+    for (int g = 0; g < G; ++g) {
+      VOXCONV_UNROLL
+      for (int i = 0; i < 4 * J; ++i)
+        sum[g][i / 4][i % 4] = g + 1 < G ? sum[g + 1 < G ? g + 1 : g][i / 4][i % 4] : start;
+    }
+  };
+
   // In step s, a group with destination planes p, p + 1, ... has plane p + s - before of the
-  // source; the steps without any are left out.
+  // source. Steps without any are left out, but not of a walk.
   const int now = d + a.planes <= a.target[0] ? a.planes : a.target[0] - d;
   const int before = a.before[0] - d - (a.groups - 1) * a.planes;
-  const int after = a.source[0] + a.before[0] - d;
-  const int begin = before > 0 ? before : 0, most = now + KD - 1;
-  const int end = after < most ? after : most;
+  const int after = a.source[0] + a.before[0] - d, most = now + KD - 1;
+  const int begin = !Walk && before > 0 ? before : 0;
+  const int end = !Walk && after < most ? after : most;
   const auto source_of = [&](int step, int group) {
     const int plane = d + group * a.planes + step - a.before[0];
-    return plane >= 0 && plane < a.source[0] ? plane : -1;
+    return group < a.groups && plane >= 0 && plane < a.source[0] ? plane : -1;
   };
-  int next_kd = begin - G + 1 > 0 ? begin - G + 1 : 0;
+  int next_kd = Walk || begin < G ? 0 : begin - G + 1;
   for (int step = begin - 1; step < end; ++step) {
     __syncthreads();  // this step's copies are there, and nobody reads those of the last one
     if (step + 1 < end) {
-      for (; next_kd <= step + 1 && next_kd < KD; ++next_kd) copy_taps(next_kd);
+      for (; next_kd < KD && (Walk || next_kd <= step + 1); ++next_kd) copy_taps(next_kd);
       for (int i = 0; i < a.groups; ++i)
         if (const int plane = source_of(step + 1, i); plane >= 0)
           copy_plane(from + plane * source_plane,
@@ -204,21 +207,27 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
     }
     if (step < begin) continue;
     // A half whose group has no plane of the source reads zeros.
-    const bool exists = group < a.groups && source_of(step, group) >= 0;
+    const bool exists = source_of(step, group) >= 0;
     const uint16_t* cells =
         exists ? planes + ((step % 2 * a.groups + group) * lines + line) * pitch + column
                : reinterpret_cast<const uint16_t*>(zeros);
     const int next_line = exists ? pitch : 0;
-    const int slot = step % kSlots;
-    // Bit g: the plane is read by plane g of the group; and where the taps for that are.
-    const int oldest = step < KD ? 0 : step - KD + 1, newest = step < now ? step : now - 1;
-    const uint32_t live = (2u << newest) - (1u << oldest);
+    // Sums g are of a plane that reads this one with tap step - g, or on a walk KD - 1 - g: bit g
+    // of `live`. And where the pairs of that are.
+    const int oldest = Walk ? KD - 1 - step : step - KD + 1,
+              newest = Walk ? oldest + now - 1 : step;
+    const int last = Walk ? G - 1 : now - 1;
+    const uint32_t live =
+        (2u << (newest < last ? newest : last)) - (1u << (oldest > 0 ? oldest : 0));
     int places[G];
     VOXCONV_UNROLL
-    for (int g = 0; g < G; ++g) places[g] = (slot < g ? slot - g + kSlots : slot - g) * tap_slot;
+    for (int g = 0; g < G; ++g) {
+      const int place = Walk ? KD - 1 - g : step % kPlaces - g;
+      places[g] = (place < 0 ? place + kPlaces : place) * tap_place;
+    }
     const uint32_t* pairs = own;
-    for (int kh = 0; kh < KH; ++kh, cells += next_line, pairs += kTapPairs<S>) {
-      uint32_t x[kPieces<S, J>][2], tap[2][2 * S];
+    for (int kh = 0; kh < live_kh; ++kh, cells += next_line, pairs += kPairs) {
+      uint32_t x[kPieces][2], tap[2][2 * S];
       const auto load_taps = [&](int g) {
         if (!(live >> g & 1)) return;
         VOXCONV_UNROLL
@@ -226,7 +235,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
       };
       load_taps(0);
       VOXCONV_UNROLL
-      for (int i = 0; i < kPieces<S, J>; ++i) load_pieces(cells + 8 * i, x[i]);
+      for (int i = 0; i < kPieces; ++i) load_pieces(cells + 8 * i, x[i]);
       VOXCONV_UNROLL
       for (int g = 0; g < G; ++g) {
         if (g + 1 < G) load_taps(g + 1);
@@ -239,36 +248,18 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
         }
       }
     }
-  }
-
-  if (a.activation != kIdentity) {
-    VOXCONV_UNROLL
-    for (int i = 0; i < G * J * 4; ++i)
-      sum[i / 4 / J][i / 4 % J][i % 4] = activate(sum[i / 4 / J][i / 4 % J][i % 4], a.activation);
-  }
-  const int o_w = w + column + 2 * (lane % 4);
-  bool bad = false;
-  VOXCONV_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int o_h = h + (halves + half) % a.high * 8 + lane / 4;
-    const int first = d + (halves + half) / a.high * a.planes;
-    if ((halves + half) / a.high >= a.groups || o_h >= a.target[1]) continue;
-    VOXCONV_UNROLL
-    for (int g = 0; g < G; ++g) {
-      if (g >= a.planes || first + g >= a.target[0]) continue;
-      T* row = to + (int64_t(first + g) * a.target[1] + o_h) * a.target[2];
-      VOXCONV_UNROLL
-      for (int j = 0; j < J; ++j) {
-        const float (&own_sum)[4] = sum[g][j];
-        bad = bad || own_sum[2 * half] != own_sum[2 * half] ||
-              own_sum[2 * half + 1] != own_sum[2 * half + 1];
-        store_two(row + o_w + 8 * j, own_sum[2 * half], own_sum[2 * half + 1],
-                  a.target[2] - o_w - 8 * j, a.target[2] % 2 == 0);
-      }
+    if (Walk) {
+      if (step >= KD - 1) finish(step - KD + 1);
+      move_up();
     }
   }
+  for (int plane = 0; !Walk && plane < now; ++plane) {
+    finish(plane);
+    move_up();
+  }
+
   if (!bad) return;
-  for (int i = 0; i < 2 * a.planes * J * 2; ++i) {
+  for (int i = 0; i < 4 * J * a.planes; ++i) {
     const int half = halves + i % 2, column = o_w + i / 4 % J * 8 + i / 2 % 2;
     const int o_d = d + half / a.high * a.planes + i / 4 / J;
     const int o_h = h + half % a.high * 8 + lane / 4;
@@ -280,56 +271,6 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
       narrow(output,
              activate(exact_output(a, from, own_taps, start, o_d, o_h, column), a.activation));
   }
-}
-
-// Bytes of shared memory that a block may have on any GPU since sm_80, but for a kilobyte.
-constexpr int kToeplitzShared = 98 << 10;
-constexpr int kMultiprocessors = 132;  // of an H200
-
-// The tiles along w of a warp: those that leave the fewest columns without an output; with 2, taps
-// are loaded more often than products are made.
-inline int toeplitz_tiles(int64_t width) {
-  int best = 4;
-  const auto cost = [&](int tiles) {
-    return ceil_div(width, 8 * tiles) * 8 * tiles * (tiles == 2 ? 8 : 7);
-  };
-  for (const int tiles : {3, 2})
-    if (cost(tiles) < cost(best)) best = tiles;
-  return best;
-}
-
-template <int S, int J, class T, class Launch>
-bool launch_toeplitz(const Launch& launch, ToeplitzShape a, const T* source, const T* weight,
-                     const T* bias, T* target) {
-  // Warps along w, then halves along h. Where these are odd in number, a warp's are in two groups
-  // of planes if a block can have as many warps.
-  const int64_t units = ceil_div(a.target[2], 8 * J), most_wide = 8 / J;
-  a.blocks_w = static_cast<int>(ceil_div(units, most_wide));
-  a.wide = static_cast<int>(ceil_div(units, a.blocks_w));
-  const int64_t halves = ceil_div(a.target[1], 8), most_high = kToeplitzThreads / 32 / a.wide * 2;
-  a.blocks_h = static_cast<int>(ceil_div(halves, most_high));
-  a.high = static_cast<int>(ceil_div(halves, a.blocks_h));
-  a.groups = a.high % 2 != 0 && a.target[0] > 1 && 2 * a.high <= most_high ? 2 : 1;
-  if (a.groups == 1) a.high += a.high % 2;
-  // Fewer planes in a group than it may have, where that shares out the work better.
-  const int64_t columns = a.targets * a.blocks_h * a.blocks_w;
-  int64_t least = INT64_MAX;
-  for (int planes = kPlanesOf<J>; planes > 0; --planes) {
-    const int64_t slabs = ceil_div(a.target[0], planes * a.groups);
-    const int64_t work = planes * (a.kernel[0] + 1) + a.kernel[0] - 1;  // products, and copies
-    const int64_t time = ceil_div(columns * slabs, kMultiprocessors) * work;
-    if (time >= least) continue;
-    least = time;
-    a.planes = planes;
-    a.blocks_d = static_cast<int>(slabs);
-  }
-  const int64_t shared = 4 * int64_t(toeplitz_taps<S, J>(a.kernel[1])) +
-                         4 * a.groups * a.lines() * toeplitz_pitch<S, J>(a.wide);
-  if (shared > kToeplitzShared) return false;
-  launch(depthwise_toeplitz<T, S, J>, static_cast<unsigned>(columns * a.blocks_d),
-         static_cast<unsigned>(16 * a.wide * a.high * a.groups), static_cast<size_t>(shared), a,
-         source, weight, bias, target);
-  return true;
 }
 
 // By depthwise_toeplitz, if it can and if it is quicker than FMAs, which make a product of 16 cells
@@ -359,26 +300,41 @@ bool by_toeplitz(const Launch& launch, const Conv3dShape& shape, bool channels_l
     }
     if (a.kernel[2] < 5 || a.kernel[2] > 41) return false;
     a.aligned = a.source[2] % 8 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0;
-    const int tiles = toeplitz_tiles(a.target[2]), steps = (a.kernel[2] + 22) / 16;
-    const int64_t made =
-        ceil_div(a.target[2], 8 * tiles) * 8 * tiles * ceil_div(a.target[1], 8) * 8;
-    if (made * steps * 4 > int64_t(a.target[2]) * a.target[1] * a.kernel[2] * 3) return false;
-    const auto run = [&](auto s, auto j) {
-      return launch_toeplitz<decltype(s)::value, decltype(j)::value>(launch, a, source, weight,
-                                                                     bias, target);
+    const ToeplitzKind kind = toeplitz_kind(a);
+    const int64_t made = ceil_div(a.target[2], 8 * kind.tiles) * 8 * kind.tiles *
+                         ceil_div(a.target[1], 8) * 8 * kind.steps;
+    if (made * 4 > int64_t(a.target[2]) * a.target[1] * a.kernel[2] * 3) return false;
+    if (!cut_toeplitz(a, kind, launch.multiprocessors())) return false;
+
+    const auto run = [&](auto steps, auto tiles, auto planes, auto walk) {
+      launch(depthwise_toeplitz<T, decltype(steps)::value, decltype(tiles)::value,
+                                decltype(planes)::value, decltype(walk)::value>,
+             static_cast<unsigned>(a.blocks()), static_cast<unsigned>(32 * a.warps()),
+             static_cast<size_t>(a.shared(kind)), a, source, weight, bias, target);
     };
-    const auto with_tiles = [&](auto s) {
-      switch (tiles) {
-        case 2: return run(s, std::integral_constant<int, 2>{});
-        case 3: return run(s, std::integral_constant<int, 3>{});
-        default: return run(s, std::integral_constant<int, 4>{});
-      }
+    using std::integral_constant;
+    const auto with = [&](auto tiles, auto planes) {
+      const integral_constant<int, 1> one;
+      if (kind.walk && kind.planes == 3)
+        run(one, tiles, integral_constant<int, 3>{}, std::true_type{});
+      else if (kind.walk && kind.planes == 5)
+        run(one, tiles, integral_constant<int, 5>{}, std::true_type{});
+      else if (kind.walk)
+        run(one, tiles, integral_constant<int, 7>{}, std::true_type{});
+      else if (kind.steps == 1)
+        run(one, tiles, planes, std::false_type{});
+      else if (kind.steps == 2)
+        run(integral_constant<int, 2>{}, tiles, planes, std::false_type{});
+      else
+        run(integral_constant<int, 3>{}, tiles, planes, std::false_type{});
     };
-    switch (steps) {
-      case 1: return with_tiles(std::integral_constant<int, 1>{});
-      case 2: return with_tiles(std::integral_constant<int, 2>{});
-      default: return with_tiles(std::integral_constant<int, 3>{});
-    }
+    if (kind.tiles == 2)
+      with(integral_constant<int, 2>{}, integral_constant<int, planes_of(2)>{});
+    else if (kind.tiles == 3)
+      with(integral_constant<int, 3>{}, integral_constant<int, planes_of(3)>{});
+    else
+      with(integral_constant<int, 4>{}, integral_constant<int, planes_of(4)>{});
+    return true;
   }
   return false;
 }

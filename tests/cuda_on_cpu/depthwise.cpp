@@ -37,6 +37,8 @@ class Launch {
     scratch_.push_back(std::make_unique<Guarded>(nullptr, bytes));
     return scratch_.back()->as<void>();
   }
+  // Few, so that small problems are as large for them as those of a model for a GPU.
+  int multiprocessors() const { return 2; }
   const std::string& error() const { return error_; }
 
  private:
