@@ -23,13 +23,14 @@ TOEPLITZ = [
     Case("dw7_small", channels=3, size=(6, 6, 6), kernel=(7, 7, 7), padding=3),
     # Groups of planes: fewer than kd, and more; several blocks along each axis.
     Case("dw9_groups", n=22, size=(10, 8, 32), kernel=(9, 1, 9), padding=(4, 0, 4)),
+    Case("dw13_late", n=8, size=(6, 16, 32), kernel=(13, 1, 9), padding=(6, 0, 4)),
     Case("dw2_groups", n=22, size=(21, 8, 8), kernel=(2, 1, 9), padding=(0, 0, 4)),
     Case("dw1_wide", channels=1, size=(1, 3, 200), kernel=(1, 3, 5), padding=(0, 1, 2)),
     Case("dw1_high", channels=1, size=(1, 133, 9), kernel=(1, 2, 6), padding=(0, 1, 3)),
     # Two and three steps of taps; padding of all kinds.
     Case("dw11", size=(3, 8, 12), kernel=(2, 3, 11), padding=((4, 0), (0, 3), (2, 9))),
     Case("dw13_even", channels=2, size=(3, 10, 16), kernel=(5, 5, 13), padding=(2, 2, 6)),
-    Case("dw21_over_volume", size=(2, 6, 8), kernel=(3, 21, 21), padding=(1, 10, 10)),
+    Case("dw21_over_volume", size=(2, 8, 8), kernel=(3, 21, 21), padding=(1, 10, 10)),
     Case("dw31", size=(2, 4, 40), kernel=(1, 3, 31), padding=(0, 1, 15)),
     Case("dw41_valid", size=(1, 2, 64), kernel=(1, 2, 41)),
     Case("dw5_far_padding", size=(3, 8, 8), kernel=(3, 3, 5), padding=(9, 4, 12)),

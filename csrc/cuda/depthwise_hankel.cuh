@@ -58,6 +58,16 @@ constexpr int kHankelLines = 8;  // of x, in registers
 template <int QW>
 constexpr int kHankelThreads = QW < 3 ? 384 : 256;
 
+// What a thread of a block copies of lines of `pieces`: the same piece of every `step`th line.
+struct Share {
+  int piece, line, step;
+};
+__device__ inline Share share_of(int thread, int threads, int pieces) {
+  const int step = threads / pieces;
+  const bool idle = thread >= step * pieces;
+  return {thread % pieces, idle ? INT32_MAX / 2 : thread / pieces, step};
+}
+
 // blockDim is 32 * warps; warps are counted by groups of kh, parts along w, parts along h; blocks
 // by tiles along w, then h, then slabs, then by kd, then by filters. sums [filters, taps, parts].
 template <class T, int QW>
@@ -90,26 +100,28 @@ __global__ void __launch_bounds__(kHankelThreads<QW>)
   const int words = static_cast<int>(a.shared(QW) / 4);
   for (int i = thread; i < words; i += threads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
 
+  // What of a plane lies outside of the tensor stays zero.
+  const Share grad_share = share_of(thread, threads, a.wide * 2);
+  const int lines = a.grad[1] - h < a.grad_lines() ? a.grad[1] - h : a.grad_lines();
   const auto copy_grad = [&](int plane) {
-    const int pieces = a.wide * 2;
-    uint16_t* place = planes + plane % a.planes() * plane_size;
-    for (int i = thread; i < a.grad_lines() * pieces; i += threads) {
-      const int line = i / pieces, piece = i % pieces;
-      if (h + line >= a.grad[1]) break;
-      const T* cells = from_grad + plane * grad_size + (h + line) * int64_t(a.grad[2]);
-      *reinterpret_cast<Piece*>(place + line * pitch + 8 * piece) =
-          load_cells<8>(cells, w + 8 * piece, a.grad[2], a.grad_aligned).whole();
+    const int piece = 8 * grad_share.piece;
+    uint16_t* place = planes + plane % a.planes() * plane_size + piece;
+    for (int i = grad_share.line; i < lines; i += grad_share.step) {
+      const T* from = from_grad + plane * grad_size + (h + i) * int64_t(a.grad[2]);
+      *reinterpret_cast<Piece*>(place + i * pitch) =
+          load_cells<8>(from, w + piece, a.grad[2], a.grad_aligned).whole();
     }
   };
+  const Share x_share = share_of(thread, threads, x_pitch / 8);
+  const int first_h = h - a.before[1];
   const auto copy_x = [&](int plane) {
-    const int pieces = x_pitch / 8;
-    uint32_t* place = pairs + plane % 2 * x_lines * x_pitch;
-    for (int i = thread; i < x_lines * pieces; i += threads) {
-      const int line = h - a.before[1] + i / pieces, piece = i % pieces;
-      if (line < 0 || line >= a.x[1]) continue;
-      const T* from = from_x + plane * x_size + line * int64_t(a.x[2]);
-      const Cells cells = load_cells<9>(from, w - a.before[2] + 8 * piece, a.x[2], a.x_aligned);
-      Piece* to = reinterpret_cast<Piece*>(place + i / pieces * x_pitch + 8 * piece);
+    const int piece = 8 * x_share.piece;
+    uint32_t* place = pairs + plane % 2 * x_lines * x_pitch + piece;
+    for (int i = x_share.line; i < x_lines; i += x_share.step) {
+      if (first_h + i < 0 || first_h + i >= a.x[1]) continue;
+      const T* from = from_x + plane * x_size + (first_h + i) * int64_t(a.x[2]);
+      const Cells cells = load_cells<9>(from, w - a.before[2] + piece, a.x[2], a.x_aligned);
+      Piece* to = reinterpret_cast<Piece*>(place + i * x_pitch);
       to[0] = {{cells.pair(0), cells.pair(1), cells.pair(2), cells.pair(3)}};
       to[1] = {{cells.pair(4), cells.pair(5), cells.pair(6), cells.pair(7)}};
     }
