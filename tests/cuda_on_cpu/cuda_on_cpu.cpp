@@ -197,7 +197,7 @@ std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool falling,
     for (unsigned y = 0; y < grid.y && error.empty(); ++y)
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
         blockIdx = {x, y, z};
-        std::memset(shared, 0xff, shared_bytes);
+        std::memset(shared, falling ? kLarge : kNan, shared_bytes);
         error = run_block(falling);
       }
   sigaction(SIGSEGV, &before[0], nullptr);

@@ -4,8 +4,8 @@
 // The threads of a block are fibres of one thread of the CPU, blocks run one after the other. A
 // fibre runs until it waits for the others (a barrier of the block or of its warp): what lacks a
 // barrier shows as a result that changes with the order of the threads. Shared memory is filled
-// with NaNs before every block, and a page that may not be touched lies behind it, as behind the
-// tensors (guarded.h).
+// before every block, with NaNs in rising order of the threads and with large numbers in falling
+// order, and a page that may not be touched lies behind it, as behind the tensors (guarded.h).
 #pragma once
 #include <array>
 #include <cstddef>

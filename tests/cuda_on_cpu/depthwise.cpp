@@ -34,7 +34,8 @@ class Launch {
       error_ = cuda_on_cpu::run_grid(grid, block, shared, falling_, [=] { kernel(arguments...); });
   }
   void* scratch(size_t bytes) const {
-    scratch_.push_back(std::make_unique<Guarded>(nullptr, bytes));
+    const int fill = falling_ ? cuda_on_cpu::kLarge : cuda_on_cpu::kNan;
+    scratch_.push_back(std::make_unique<Guarded>(nullptr, bytes, fill));
     return scratch_.back()->as<void>();
   }
   // Few, so that small problems are as large for them as those of a model for a GPU.
