@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
       const int half = halves + i % 2, j = i / 2, count = a.target[2] - o_w - 8 * j;
       const int o_d = d + half / a.high * a.planes + plane;
       const int o_h = h + half % a.high * 8 + lane / 4;
-      if (half / a.high >= a.groups || o_d >= a.target[0] || o_h >= a.target[1]) continue;
+      if (o_d >= a.target[0] || o_h >= a.target[1]) continue;
       float two[2] = {sum[0][j][i % 2 * 2], sum[0][j][i % 2 * 2 + 1]};
       bad = bad || two[0] != two[0] || two[1] != two[1];
       if (a.activation != kIdentity) {
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
   const int end = !Walk && after < most ? after : most;
   const auto source_of = [&](int step, int group) {
     const int plane = d + group * a.planes + step - a.before[0];
-    return group < a.groups && plane >= 0 && plane < a.source[0] ? plane : -1;
+    return plane >= 0 && plane < a.source[0] ? plane : -1;
   };
   int next_kd = Walk || begin < G ? 0 : begin - G + 1;
   for (int step = begin - 1; step < end; ++step) {
@@ -263,9 +263,7 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
     const int half = halves + i % 2, column = o_w + i / 4 % J * 8 + i / 2 % 2;
     const int o_d = d + half / a.high * a.planes + i / 4 / J;
     const int o_h = h + half % a.high * 8 + lane / 4;
-    if (half / a.high >= a.groups || o_d >= a.target[0] || o_h >= a.target[1] ||
-        column >= a.target[2])
-      continue;
+    if (o_d >= a.target[0] || o_h >= a.target[1] || column >= a.target[2]) continue;
     T& output = to[(int64_t(o_d) * a.target[1] + o_h) * a.target[2] + column];
     if (const float value = widen(output); value != value)
       narrow(output,
