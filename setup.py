@@ -69,13 +69,8 @@ if cuda_home:
     sources += cuda_sources
     cpp_extension.CUDA_HOME = cuda_home  # a CPU-only torch leaves it None and refuses .cu
     macros += [("USE_CUDA", None)]
-    flags["nvcc"] = [
-        "-O3",
-        "-std=c++17",
-        "-Xfatbin=-compress-all",
-        *(f"-Xcompiler={flag}" for flag in quiet),
-        *gencode(),
-    ]
+    flags["nvcc"] = ["-O3", "-std=c++17", "-Xfatbin=-compress-all", *gencode()]
+    flags["nvcc"] += [f"-Xcompiler={flag}" for flag in quiet]
     flags["nvcc"] += [f'-DVOXCONV_CUDA_ARCH="{";".join(ARCH)}"']
     options |= {"include_dirs": [f"{cuda_home}/include"], "library_dirs": [f"{cuda_home}/lib64"]}
     options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]  # shared pins a CUDA major

@@ -64,7 +64,7 @@ def build() -> ctypes.CDLL:
     assert compiler, "the package is built with c++"
     sources = sorted(HERE.glob("*.cpp"))
     read = [*sources, *HERE.glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")]
-    read += (ROOT / "csrc" / "common").glob("conv3d.h")
+    read += [ROOT / "csrc" / "common" / "conv3d.h", ROOT / "csrc" / "cpu" / "half.h"]
     flags = ["-O1", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{HERE}"]
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in sorted(read):
@@ -83,8 +83,8 @@ def build() -> ctypes.CDLL:
 
 def load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
-    for function in (loaded.run_depthwise, loaded.plan_depthwise, loaded.run_fault):
-        function.restype = ctypes.c_char_p
+    for name in ("run_depthwise", "plan_depthwise", "run_fault", "run_product", "run_pieces"):
+        getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
 

@@ -43,6 +43,12 @@ class CudaLaunch {
     return scratch_.back().mutable_data_ptr();
   }
 
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, like_.get_device_index()));
+    return count;
+  }
+
  private:
   template <class... Parameters>
   void start(const void* function, dim3 grid, dim3 block, size_t shared,

@@ -6,8 +6,10 @@
 #include "depthwise_any.cuh"
 #include "depthwise_channels_last.cuh"
 #include "depthwise_channels_last_weight.cuh"
+#include "depthwise_hankel.cuh"
 #include "depthwise_lines.cuh"
 #include "depthwise_planes.cuh"
+#include "depthwise_toeplitz.cuh"
 #include "depthwise_weight.cuh"
 #include "depthwise_weight_lines.cuh"
 
@@ -24,8 +26,8 @@ bool by_correlation(const Launch& launch, const Conv3dShape& shape, bool channel
     return allows(way, own) &&
            by(launch, shape, channels_last, backwards, source, weight, bias, activation, target);
   };
-  return with(Way::planes, by_planes<T, Launch>) || with(Way::channels, by_channels<T, Launch>) ||
-         with(Way::lines, by_lines<T, Launch>);
+  return with(Way::toeplitz, by_toeplitz<T, Launch>) || with(Way::planes, by_planes<T, Launch>) ||
+         with(Way::channels, by_channels<T, Launch>) || with(Way::lines, by_lines<T, Launch>);
 }
 
 template <class T, class Launch>
@@ -61,7 +63,8 @@ void launch_grad_weight(const Launch& launch, const Conv3dShape& shape, bool cha
   const auto with = [&](Way own, auto by) {
     return allows(way, own) && by(launch, shape, channels_last, x, grad, grad_weight);
   };
-  if (with(Way::slabs, by_slabs<T, Launch>) || with(Way::channels, by_channels_weight<T, Launch>) ||
+  if (with(Way::hankel, by_hankel<T, Launch>) || with(Way::slabs, by_slabs<T, Launch>) ||
+      with(Way::channels, by_channels_weight<T, Launch>) ||
       with(Way::weight_lines, by_weight_lines<T, Launch>))
     return;
   const int64_t blocks = shape.channels * shape.multiplier * shape.taps();

@@ -3,6 +3,7 @@
 // (depthwise.cu) or on the CPU (tests/cuda_on_cpu), which has
 //   launch(kernel, grid, block, bytes of shared memory, arguments...)
 //   void* launch.scratch(bytes)  device memory until the last kernel of the pass is done
+//   int launch.multiprocessors()  that share out the blocks
 #pragma once
 #include <algorithm>
 

@@ -41,7 +41,7 @@ struct Fibre {
 jmp_buf scheduler;
 std::vector<Fibre> fibres;
 std::vector<std::unique_ptr<char[]>> stacks;  // kept from grid to grid
-std::vector<uint64_t> slots;
+std::vector<char> lanes;                      // a place for each thread
 const std::function<void()>* body;
 char* shared = nullptr;
 int current = 0;
@@ -139,8 +139,16 @@ std::string run_block(bool falling) {
 void wait_for_block() { leave(State::at_block_barrier); }
 void wait_for_warp() { leave(State::at_warp_barrier); }
 void* shared_memory() { return shared; }
-uint64_t* lane_slots() { return slots.data() + current / kWarp * kWarp; }
 int lane() { return current % kWarp; }
+char* lane_place(int lane) { return &lanes[(current / kWarp * kWarp + lane) * kLaneBytes]; }
+
+void load_pieces(const void* row, uint32_t (&to)[2]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) raise(SIGBUS);
+  leave_for_lanes(row);
+  for (int i = 0; i < 2; ++i)
+    std::memcpy(&to[i], left_by<const char*>(8 * i + lane() / 4) + lane() % 4 * 4, 4);
+  wait_for_warp();
+}
 
 void copy_later(void* to, const void* from, size_t bytes) {
   fibres[current].copies.push_back({to, from, bytes, fibres[current].group});
@@ -167,7 +175,7 @@ std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool falling,
   const int count = static_cast<int>(block.x * block.y * block.z);
   fibres = std::vector<Fibre>(count);
   while (stacks.size() < fibres.size()) stacks.emplace_back(new char[kStackBytes]);
-  slots.assign((count + kWarp - 1) / kWarp * kWarp, 0);
+  lanes.assign((count + kWarp - 1) / kWarp * kWarp * kLaneBytes, 0);
   for (int i = 0; i < count; ++i) {
     const unsigned n = i;
     Fibre& fibre = fibres[i];
@@ -189,7 +197,7 @@ std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool falling,
     for (unsigned y = 0; y < grid.y && error.empty(); ++y)
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
         blockIdx = {x, y, z};
-        std::memset(shared, 0xff, shared_bytes);
+        std::memset(shared, falling ? kLarge : kNan, shared_bytes);
         error = run_block(falling);
       }
   sigaction(SIGSEGV, &before[0], nullptr);

@@ -37,9 +37,12 @@ class Launch {
       error_ = cuda_on_cpu::run_grid(grid, block, shared, falling_, [=] { kernel(arguments...); });
   }
   void* scratch(size_t bytes) const {
-    scratch_.push_back(std::make_unique<Guarded>(nullptr, bytes));
+    const int fill = falling_ ? cuda_on_cpu::kLarge : cuda_on_cpu::kNan;
+    scratch_.push_back(std::make_unique<Guarded>(nullptr, bytes, fill));
     return scratch_.back()->as<void>();
   }
+  // Few, so that small problems are as large for them as those of a model for a GPU.
+  int multiprocessors() const { return 2; }
   const std::string& error() const { return error_; }
 
  private:
@@ -62,6 +65,7 @@ class Plan {
     text_ += " " + std::to_string(shared) + "\n";
   }
   void* scratch(size_t) const { return nullptr; }
+  int multiprocessors() const { return 132; }  // an H200's
   const std::string& text() const { return text_; }
 
  private:

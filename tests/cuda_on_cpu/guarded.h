@@ -9,11 +9,15 @@
 
 namespace cuda_on_cpu {
 
+// What memory holds that nobody has written: NaNs, or numbers that are far too large, for kernels
+// that look again at what is NaN. As bytes.
+constexpr int kNan = 0xff, kLarge = 0x5a;
+
 class Guarded {
  public:
   // `bytes` bytes that end, to the next 16, at a page that may not be touched: a copy of `from`,
-  // or NaNs.
-  explicit Guarded(const void* from, size_t bytes) {
+  // or `fill`.
+  Guarded(const void* from, size_t bytes, int fill = kNan) {
     const size_t page = sysconf(_SC_PAGESIZE), used = (bytes + page - 1) / page * page;
     size_ = used + 2 * page;
     base_ = static_cast<char*>(
@@ -23,7 +27,7 @@ class Guarded {
     if (from)
       std::memcpy(data_, from, bytes);
     else
-      std::memset(data_, 0xff, bytes);
+      std::memset(data_, fill, bytes);
   }
   Guarded(const Guarded&) = delete;
   ~Guarded() { munmap(base_, size_); }
