@@ -19,7 +19,7 @@ SILU = tl.constexpr(4)
 
 @triton.jit
 def source_index(i, n, MODE: tl.constexpr):
-    """The cell that position i of the padded axis reads; outside of the axis where it reads none."""
+    """The cell that position i of a padded axis reads; beyond the axis where it reads none."""
     if MODE == REPLICATE:
         i = tl.minimum(tl.maximum(i, 0), n - 1)
     elif MODE == REFLECT:

@@ -100,19 +100,19 @@ def depthwise_grad_weight(
     taps = d.kernel * h.kernel * w.kernel
     if not grad.numel():
         return x.new_zeros((filters, 1, *kernel))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    last, wide = is_channels_last(grad), dtype == torch.float64
+    last, wide = is_channels_last(grad), x.dtype == torch.float64
     way = plan.weight_planes(axes, batch, filters, last, wide)
     if way is None:
         grad, x = grad.contiguous(), x.contiguous()  # its lanes are along W
         own = plan.tap_blocks(axes, batch, filters)
-        parts = x.new_empty((batch * own.chunks, taps, filters), dtype=dtype)
+        parts = _parts(x, batch * own.chunks, taps, filters, False)
         grad_weight_any[(own.grid,)](
             grad,
             x,
             parts,
             grad.stride(),
             x.stride(),
+            parts.stride(),
             (d.target, h.target, w.target),
             (d.source, h.source, w.source),
             (d.kernel, h.kernel, w.kernel),
@@ -131,13 +131,14 @@ def depthwise_grad_weight(
         )
     else:
         groups = plan.ceil_div(filters, way.tile.channels) * (h.kernel // way.rows)
-        parts = x.new_empty((way.grid // groups, taps, filters), dtype=dtype)
+        parts = _parts(x, way.grid // groups, taps, filters, last)
         grad_weight_planes[(way.grid,)](
             grad,
             x,
             parts,
             grad.stride(),
             x.stride(),
+            parts.stride(),
             (d.target, h.target, w.target),
             (d.source, h.source, w.source),
             (d.stride, h.stride, w.stride),
@@ -279,6 +280,14 @@ def _axes(source: Triple, target: Triple, geometry: Geometry) -> Axes:
 def _triple(values: Sequence[int]) -> Triple:
     d, h, w = values
     return d, h, w
+
+
+def _parts(x: Tensor, programs: int, taps: int, filters: int, channels_last: bool) -> Tensor:
+    """Empty sums [programs, taps, filters]; what a program writes lies together."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if channels_last:
+        return x.new_empty((programs, taps, filters), dtype=dtype)
+    return x.new_empty((programs, filters, taps), dtype=dtype).transpose(1, 2)
 
 
 def _offset(*tensors: Tensor) -> tl.dtype:

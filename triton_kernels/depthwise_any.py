@@ -110,8 +110,8 @@ def correlate_any(
                     i_h = source_index(from_h + j_h * step_h, x_sizes[1], MODE)
                     m_h = m_w & (i_h >= 0) & (i_h < x_sizes[1])
                     p_line = p_plane + i_h * x_strides[3]
-                    o_k = (k_d + j_d * d_axis[6]) * taps_h + k_h + j_h * h_axis[6]
-                    p_taps = p_filter + tl.cast(o_k, tl.int64) * taps_w * CHANNELS
+                    i_row = (k_d + j_d * d_axis[6]) * taps_h + k_h + j_h * h_axis[6]
+                    p_taps = p_filter + tl.cast(i_row, tl.int64) * taps_w * CHANNELS
                     line = tl.zeros((POSITIONS, CHANNELS), SUM)
                     for j_w in range(count_w):
                         o_k = k_w + j_w * w_axis[6]
@@ -141,6 +141,7 @@ def grad_weight_any(
     p_parts,
     grad_strides,
     x_strides,
+    part_strides,
     grad_sizes,
     x_sizes,
     kernel,
@@ -197,5 +198,5 @@ def grad_weight_any(
             m = m_d & m_p & (i_h >= 0) & (i_h < x_sizes[1]) & (i_w >= 0) & (i_w < x_sizes[2])
             p = p_plane + i_h * x_strides[3] + i_w * x_strides[4]
             sums = tl.fma(tl.load(p, mask=m, other=0.0).to(SUM), b_grad, sums)
-    p_parts = p_parts + (i_part * taps + o_k) * filters + i_f
+    p_parts = p_parts + i_part * part_strides[0] + o_k * part_strides[1] + i_f * part_strides[2]
     tl.store(p_parts, tl.sum(sums, 1, keep_dims=True), mask=o_k < taps)

@@ -19,8 +19,8 @@ HOISTED_TAPS = 27
 
 # Registers of a thread for sums of targets; for sums of taps, and the gradients they go with.
 MOST_SUMS = 64
-MOST_TAP_SUMS = 128
-MOST_GRADS = 32
+MOST_TAP_SUMS = 64
+MOST_GRADS = 16
 # Products that are added one after the other to a sum of a tap.
 LONGEST_SUM = 256
 BLOCK_TAPS = 16  # of a program of grad_weight_any
@@ -102,16 +102,16 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(positions: int, channels: int, channels_last: bool, elements: int) -> Tile:
-    """Cut positions x channels into tiles of up to LANES * `elements` cells.
+def tile(positions: int, channels: int, channels_last: bool, elements: int, lanes: int) -> Tile:
+    """Cut positions x channels into tiles of up to `lanes` * `elements` cells.
 
     The fast axis of the layout is cut first, into the largest blocks that waste little; small
     volumes leave room for several channels.
     """
-    cells = LANES * elements
+    cells = lanes * elements
     if channels_last:
-        c = block(channels, 4, 16 * elements)
-        p = block(positions, 2, cells // c)
+        c = block(channels, 4, min(16 * elements, cells))
+        p = block(positions, min(2, cells // c), cells // c)
     else:
         p = block(positions, 8, cells)
         c = min(cells // p, 1 << (channels - 1).bit_length())
@@ -169,7 +169,7 @@ def planes(
     high = ceil_div(h.target, h.lattice)
     room = MOST_SUMS // (d.ring * elements * (2 if wide else 1))
     lines = next(n for n in (4, 2, 1) if n == 1 or (n <= room and wasted(high, n) <= 0.25))
-    own, places = _places(axes, channels, channels_last, elements, lines)
+    own, places = _places(axes, channels, channels_last, elements, lines, LANES)
     programs = batch * places * ceil_div(channels, own.channels)
     slab, slabs = cut(ceil_div(d.target, d.lattice), 2 * d.ring, d.target, programs)
     taps = d.kernel * h.kernel * w.kernel
@@ -183,30 +183,34 @@ def weight_planes(
     """The plan of grad_weight_planes; None where a kernel is too large for it."""
     d, h, w = axes
     room = MOST_TAP_SUMS // (2 if wide else 1)
-    for elements in (4, 2, 1) if channels_last else (1,):
-        fit = [n for n in (h.kernel, 1) if d.kernel * n * w.kernel * elements <= room]
-        if fit:
-            break
-    else:
+    vectors = (4, 2, 1) if channels_last else (1,)
+    fitting = (
+        (rows, elements)
+        for rows in (h.kernel, 1)
+        for elements in vectors
+        if d.kernel * rows * w.kernel * elements <= room
+    )
+    rows, elements = next(fitting, (0, 0))
+    if not rows:
         return None
     exact = 1 if h.target % h.lattice else h.target // h.lattice
     room = MOST_GRADS // (d.ring * elements * (2 if wide else 1))
     lines = next(n for n in (4, 2, 1) if n == 1 or (n <= room and exact % n == 0))
-    own, places = _places(axes, filters, channels_last, elements, lines)
-    blocks = ceil_div(filters, own.channels) * (h.kernel // fit[0])
+    own, places = _places(axes, filters, channels_last, elements, lines, 32)
+    blocks = ceil_div(filters, own.channels) * (h.kernel // rows)
     steps = ceil_div(d.target, d.lattice) + d.ring - 1
     most = LONGEST_SUM // lines
     slab, slabs = cut(steps, 4 * d.ring, most, batch * places * blocks)
-    return Planes(lines, own, slab, slabs, False, fit[0], batch * places * blocks * slabs)
+    return Planes(lines, own, slab, slabs, False, rows, batch * places * blocks * slabs)
 
 
 def _places(
-    axes: Axes, channels: int, channels_last: bool, elements: int, lines: int
+    axes: Axes, channels: int, channels_last: bool, elements: int, lines: int, lanes: int
 ) -> tuple[Tile, int]:
     """A tile, and how many of them there are on all lattices of a slab of a channel."""
     d, h, w = axes
     positions = ceil_div(ceil_div(h.target, h.lattice), lines) * w.target
-    own = tile(positions, channels, channels_last, elements)
+    own = tile(positions, channels, channels_last, elements, lanes)
     return own, ceil_div(positions, own.positions) * h.lattice * d.lattice
 
 
@@ -221,7 +225,7 @@ def cells(axes: Axes, phases: int, batch: int, channels: int, channels_last: boo
     """The plan of correlate_any, with so many phases of lines."""
     d, h, w = axes
     positions = ceil_div(h.target, phases) * w.target
-    own = tile(positions, channels, channels_last, 4)
+    own = tile(positions, channels, channels_last, 4, LANES)
     tiles = ceil_div(positions, own.positions) * phases * d.target
     return Cells(own, tiles * ceil_div(channels, own.channels) * batch)
 

@@ -81,7 +81,7 @@ def load_lines(
             i_h = source_index(i_h, sizes[1], MODE)
         p = p_plane + i_h * strides[3] + i_w * strides[4]
         m_h = (i_h >= 0) & (i_h < sizes[1])
-        lines = lines + (tl.load(p, mask=m & m_h, other=0.0).to(SUM),)
+        lines += (tl.load(p, mask=m & m_h, other=0.0).to(SUM),)
     return lines
 
 
@@ -109,7 +109,7 @@ def add_column(
             new = sums[: kd // MARCH[0] * LINES]
             for i in tl.static_range(LINES):
                 row = rows[kh + i * MARCH[1]]
-                new = new + (tl.fma(row, b_w, sums[kd // MARCH[0] * LINES + i]),)
+                new += (tl.fma(row, b_w, sums[kd // MARCH[0] * LINES + i]),)
             sums = new + sums[(kd // MARCH[0] + 1) * LINES :]
     return sums
 
@@ -170,7 +170,7 @@ def correlate_planes(
     weights = ()
     if HOIST:
         for tap in tl.static_range(TAPS):
-            weights = weights + (tl.load(p_weight + tap * CHANNELS).to(SUM),)
+            weights += (tl.load(p_weight + tap * CHANNELS).to(SUM),)
     b_bias = tl.zeros((1, CHANNELS), SUM)
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_c, mask=o_c < channels, other=0.0).to(SUM)
@@ -242,9 +242,9 @@ def correlate_planes(
                             )
         if v >= first + RING - 1:
             t_d = (r_d + (v - (RING - 1)) * lattices[0]).to(tl.int64)
-            for l in tl.static_range(LINES):
-                b_y = activate(sums[(RING - 1) * LINES + l] + b_bias, ACTIVATION)
-                p = p_y + t_d * y_strides[2] + (l * lattices[1]) * y_strides[3]
-                m_y = m & (o_h + l * lattices[1] < y_sizes[1])
+            for i in tl.static_range(LINES):
+                b_y = activate(sums[(RING - 1) * LINES + i] + b_bias, ACTIVATION)
+                p = p_y + t_d * y_strides[2] + (i * lattices[1]) * y_strides[3]
+                m_y = m & (o_h + i * lattices[1] < y_sizes[1])
                 tl.store(p, b_y.to(p_y.dtype.element_ty), mask=m_y)
         sums = zeros + sums[: (RING - 1) * LINES]

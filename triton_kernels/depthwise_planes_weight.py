@@ -5,8 +5,8 @@ A program owns the taps of KH lines of each plane of the kernel (all of them, or
 filters, and all products of its columns with a slab of planes of x. It keeps a sum for each of its
 taps and each of its lanes, and the last RING planes of grad; a plane of x is loaded once for the
 targets that read it: K (LINES + K - 1) / LINES loads and K^3 multiply-adds for a cell of grad where
-KH = K, K + 1 / K and K^2 where KH is 1, in each of K programs. The lanes are added up at the end, in
-a tree, and the programs by the launcher.
+KH = K; K loads and K^2 multiply-adds where KH is 1, in each of K programs. A warp adds up its lanes
+at the end, in a tree, and the launcher the programs.
 
 LINES divides the lines, so that the lines of a group are all there. Where grad has no plane, x is
 put to zero too: a zero times an infinity would not vanish.
@@ -46,8 +46,9 @@ def add_products(
                     q = v - kd // MARCH[0]
                     row = tl.where((q >= 0) & (q < planes), row, 0.0)
                 b_sum = tl.fma(row, grads[kd // MARCH[0] * LINES + i], b_sum)
-            before = sums[: (kd * KH + kh) * KERNEL[2] + kw]
-            sums = before + (b_sum,) + sums[(kd * KH + kh) * KERNEL[2] + kw + 1 :]
+            new = sums[: (kd * KH + kh) * KERNEL[2] + kw]
+            new += (b_sum,)
+            sums = new + sums[(kd * KH + kh) * KERNEL[2] + kw + 1 :]
     return sums
 
 
@@ -58,6 +59,7 @@ def grad_weight_planes(
     p_parts,
     grad_strides,
     x_strides,
+    part_strides,
     grad_sizes,
     x_sizes,
     stride,
@@ -77,8 +79,7 @@ def grad_weight_planes(
     CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """parts [programs of a block, taps, filters] of grad [n, filters, ...] and x."""
-    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    """parts [programs of a block, taps, filters] from grad [n, filters, ...] and x."""
     RING: tl.constexpr = (KERNEL[0] + MARCH[0] - 1) // MARCH[0]
     ROWS: tl.constexpr = (LINES - 1) * MARCH[1] + KH
     SUM: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
@@ -171,10 +172,10 @@ def grad_weight_planes(
                             KH,
                         )
 
-    p_parts = p_parts + i_part.to(tl.int64) * (TAPS * filters) + o_c
+    p_parts = p_parts + i_part.to(tl.int64) * part_strides[0] + o_c * part_strides[2]
     for kd in tl.static_range(KERNEL[0]):
         for kh in tl.static_range(KH):
             for kw in tl.static_range(KERNEL[2]):
                 tap = (kd * KERNEL[1] + first_kh + kh) * KERNEL[2] + kw
                 b = tl.sum(sums[(kd * KH + kh) * KERNEL[2] + kw], 0, keep_dims=True)
-                tl.store(p_parts + tap * filters, b, mask=o_c < filters)
+                tl.store(p_parts + tap * part_strides[1], b, mask=o_c < filters)
