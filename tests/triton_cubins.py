@@ -64,9 +64,10 @@ class Call:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Calls with the same one have the same machine code."""
-        parts = (self.kernel.__name__, self.warps, self.signature, self.values, self.attributes)
-        return tuple(map(str, parts))
+        """Calls with the same one differ in details at most: whether strides are known to be
+        multiples of 16, whether there is a bias."""
+        dtype = next(iter(self.signature.values()))
+        return (self.kernel.__name__, dtype, *map(str, self.constants.items()))
 
     def compiled(self, arch: int) -> dict[str, Any]:
         import triton
@@ -92,6 +93,7 @@ class Call:
             "registers": int(registers),
             "stack": int(stack),
             "shared": built.metadata.shared,
+            "shuffles": built.asm["ptx"].count("shfl."),
         }
 
 

@@ -17,8 +17,10 @@ PROGRAMS = 132 * 16
 MOST_TAPS = 9
 HOISTED_TAPS = 27
 
-# Registers of a thread for sums of targets; for sums of taps, and the gradients they go with.
+# Registers of a thread for sums of targets, and the cells that are added to them; for sums of taps,
+# and the gradients they go with.
 MOST_SUMS = 64
+MOST_CELLS = 32
 MOST_TAP_SUMS = 64
 MOST_GRADS = 16
 # Products that are added one after the other to a sum of a tap.
@@ -106,12 +108,13 @@ def tile(positions: int, channels: int, channels_last: bool, elements: int, lane
     """Cut positions x channels into tiles of up to `lanes` * `elements` cells.
 
     The fast axis of the layout is cut first, into the largest blocks that waste little; small
-    volumes leave room for several channels.
+    volumes leave room for several channels. There are fewer channels than threads, or else Triton
+    lays weights and cells out in different ways, and converts them one by one.
     """
     cells = lanes * elements
     if channels_last:
-        c = block(channels, 4, min(16 * elements, cells))
-        p = block(positions, min(2, cells // c), cells // c)
+        c = block(channels, 4, min(16 * elements, cells // (2 * elements)))
+        p = block(positions, 2 * elements, cells // c)
     else:
         p = block(positions, 8, cells)
         c = min(cells // p, 1 << (channels - 1).bit_length())
@@ -167,8 +170,17 @@ def planes(
         return None
     elements = 4 if channels_last else 1
     high = ceil_div(h.target, h.lattice)
-    room = MOST_SUMS // (d.ring * elements * (2 if wide else 1))
-    lines = next(n for n in (4, 2, 1) if n == 1 or (n <= room and wasted(high, n) <= 0.25))
+    registers = elements * (2 if wide else 1)
+    lines = next(
+        n
+        for n in (4, 2, 1)
+        if n == 1
+        or (
+            n * d.ring * registers <= MOST_SUMS
+            and ((n - 1) * h.march + h.kernel) * registers <= MOST_CELLS
+            and wasted(high, n) <= 0.25
+        )
+    )
     own, places = _places(axes, channels, channels_last, elements, lines, LANES)
     programs = batch * places * ceil_div(channels, own.channels)
     slab, slabs = cut(ceil_div(d.target, d.lattice), 2 * d.ring, d.target, programs)
