@@ -206,8 +206,8 @@ def weight_planes(
     if not rows:
         return None
     exact = 1 if h.target % h.lattice else h.target // h.lattice
-    room = MOST_GRADS // (d.ring * elements * (2 if wide else 1))
-    lines = next(n for n in (4, 2, 1) if n == 1 or (n <= room and exact % n == 0))
+    room = (room + MOST_GRADS // (2 if wide else 1)) // elements - d.kernel * rows * w.kernel
+    lines = next(n for n in (4, 2, 1) if n == 1 or (n * d.ring <= room and exact % n == 0))
     own, places = _places(axes, filters, channels_last, elements, lines, 32)
     blocks = ceil_div(filters, own.channels) * (h.kernel // rows)
     steps = ceil_div(d.target, d.lattice) + d.ring - 1

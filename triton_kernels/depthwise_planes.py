@@ -63,6 +63,7 @@ def load_lines(
     p_plane,
     o_h,
     o_w,
+    shift,
     m,
     sizes,
     strides,
@@ -71,15 +72,22 @@ def load_lines(
     MODE: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Column o_w of COUNT lines of a plane: o_h, and what lies `step` further each."""
-    i_w = source_index(o_w, sizes[2], MODE)
+    """Cells o_w + shift of COUNT lines of a plane, o_h and what lies `step` further each; a shift
+    that is not None is added last, so that a constant becomes part of the instruction."""
+    i_w = o_w if shift is None else o_w + shift
+    if MODE:
+        i_w = source_index(i_w, sizes[2], MODE)
     m = m & (i_w >= 0) & (i_w < sizes[2])
     lines = ()
     for i in tl.static_range(COUNT):
         i_h = o_h + i * step
         if MODE:
             i_h = source_index(i_h, sizes[1], MODE)
-        p = p_plane + i_h * strides[3] + i_w * strides[4]
+        if MODE or shift is None:
+            p = p_plane + i_h * strides[3] + i_w * strides[4]
+        else:
+            p = p_plane + tl.cast(shift, o_w.dtype) * strides[4]
+            p += i_h * strides[3] + o_w * strides[4]
         m_h = (i_h >= 0) & (i_h < sizes[1])
         lines += (tl.load(p, mask=m & m_h, other=0.0).to(SUM),)
     return lines
@@ -191,7 +199,8 @@ def correlate_planes(
                             rows = load_lines(
                                 p_plane,
                                 from_h,
-                                from_w + kw * dilation[2],
+                                from_w,
+                                kw * dilation[2],
                                 m,
                                 x_sizes,
                                 x_strides,
@@ -219,6 +228,7 @@ def correlate_planes(
                                 p_plane,
                                 from_h,
                                 from_w + kw * dilation[2],
+                                None,
                                 m,
                                 x_sizes,
                                 x_strides,

@@ -107,7 +107,7 @@ def grad_weight_planes(
         if (v >= 0) & (v < planes):
             p_plane = p_grad + (r_d + v * lattices[0]).to(tl.int64) * grad_strides[2]
             new = load_lines(
-                p_plane, o_h, o_w, m, grad_sizes, grad_strides, lattices[1], LINES, 0, SUM
+                p_plane, o_h, o_w, 0, m, grad_sizes, grad_strides, lattices[1], LINES, 0, SUM
             )
         grads = new + grads[: (RING - 1) * LINES]
         for i_m in tl.static_range(MARCH[0]):
@@ -120,7 +120,8 @@ def grad_weight_planes(
                         rows = load_lines(
                             p_plane,
                             from_h,
-                            from_w + kw * dilation[2],
+                            from_w,
+                            kw * dilation[2],
                             m,
                             x_sizes,
                             x_strides,
@@ -148,7 +149,8 @@ def grad_weight_planes(
                         rows = load_lines(
                             p_plane,
                             from_h,
-                            from_w + kw * dilation[2],
+                            from_w,
+                            kw * dilation[2],
                             m,
                             x_sizes,
                             x_strides,
