@@ -67,8 +67,8 @@ ANY = [
          dilation=(2, 4, 6), output_padding=(1, 0, 3)),
 ]  # fmt: skip
 SLABS = [
-    Case("slabs", channels=1, size=(14, 2, 3), padding=1),
-    Case("slabs_march", channels=1, size=(17, 2, 3), kernel=(5, 1, 1), stride=(2, 1, 1)),
+    Case("slabs", channels=1, size=(24, 2, 2), kernel=(3, 1, 2), padding=1),
+    Case("slabs_march", channels=1, size=(51, 2, 2), kernel=(5, 1, 1), stride=(2, 1, 1)),
 ]
 BY_NAME = {case.name: case for case in PLANES + ANY + SLABS}
 LAST = ("lines", "channels", "multiplier", "march_on_lattices", "reflect", "many_taps", "up_phases")
