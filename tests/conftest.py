@@ -32,6 +32,8 @@ def _poison_malloc() -> None:
         mallopt(m_perturb, ~MALLOC_FILL & 0xFF)
 
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before torch imports Triton, which reads it once
 _poison_torch()
 _poison_malloc()
 os.environ["VOXCONV_CACHE_MIB"] = "0"  # results in memory that is used again would hold old results

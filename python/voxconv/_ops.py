@@ -91,8 +91,7 @@ for _kind in ("", "_triton"):
 
 
 for _name in (*_PASSES, "channel_sum"):
-    for _key in ("CUDA", "CPU") if _triton.interpreted() else ("CUDA",):
-        _library.impl(f"{_name}_triton", _triton.launcher(_name), _key)
+    _library.impl(f"{_name}_triton", _triton.launcher(_name), "CUDA")
 for _name in _PASSES:
     _library.impl(f"{_name}_fft", getattr(_fft, _name), "CUDA")
 
@@ -148,14 +147,11 @@ def cuda_build() -> str | None:
 
 def missing(device: torch.device) -> Mapping[str, str]:
     """Why backends cannot run on a device, by backend; those that can are left out."""
+    reasons: dict[str, str | None] = {}
     if device.type == "cpu":
         reasons = {"cpu": _missing and f"the compiled part is not in use: {_missing}"}
-        if not _triton.interpreted():
-            reasons["triton"] = "it runs on GPUs"
     elif device.type == "cuda":
         reasons = _missing_on_gpu(*_capability(device.index))
-    else:
-        reasons = {}
     return {name: reason for name, reason in reasons.items() if reason}
 
 

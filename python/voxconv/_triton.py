@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +19,6 @@ def missing_reason() -> str | None:
     if importlib.util.find_spec("voxconv.triton_kernels") is None:
         return "voxconv runs from its sources without being installed: pip install -e ."
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets its kernels on the CPU, for tests (TRITON_INTERPRET=1)."""
-    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-    return asked and missing_reason() is None
 
 
 def launcher(name: str) -> Callable[..., Tensor]:
