@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import voxconv
-from cases import CHANNELS_LAST, NCDHW, select
-from cuda_kernels import cuda_kernels
+from cases import CHANNELS_LAST, NCDHW, Case, select
+from cuda_kernels import cuda_kernels, plan
 from testing import on
 from voxconv._activation import ACTIVATIONS
 
@@ -53,18 +54,29 @@ def test_functions(name: str, path: str, grad: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("layout", [NCDHW, CHANNELS_LAST])
+DW5 = Case("dw5", channels=2, size=(3, 8, 16), kernel=(5, 5, 5), padding=2)
+ON_CUDA = {  # a problem for each kernel that has activations
+    "planes": (DW3, torch.float32, NCDHW),
+    "channels": (DW3, torch.bfloat16, CHANNELS_LAST),
+    "toeplitz": (DW5, torch.bfloat16, NCDHW),
+    "lines": (replace(DW3, stride=(1, 2, 2)), torch.float16, NCDHW),
+    "any": (DW3, torch.float64, CHANNELS_LAST),
+}
+
+
+@pytest.mark.parametrize("way", ON_CUDA)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_cuda_kernels_apply_it(name: str, layout: str, kernels: ctypes.CDLL) -> None:
+def test_cuda_kernels_apply_it(name: str, way: str, kernels: ctypes.CDLL) -> None:
+    case, dtype, layout = ON_CUDA[way]
+    (launched,) = plan(kernels, case, "forward", dtype, layout)
+    assert f"_{way}" in launched.kernel
+    x, weight, bias, _ = case.make(dtype, layout=layout)
     with cuda_kernels(kernels) as passes:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            x, weight, bias, _ = DW3.make(dtype, layout=layout)
-            passes.activations.clear()
-            got = voxconv.depthwise_conv3d(x, weight, bias, **DW3.kwargs(), activation=name)
-            assert passes.activations == [1 + ACTIVATIONS.index(name)]
-            wide = (t.double() for t in (x, weight, bias))
-            expected = BY_TORCH[name](voxconv.reference.depthwise_conv3d(*wide, **DW3.kwargs()))
-            torch.testing.assert_close(got, expected.to(dtype))
+        got = voxconv.depthwise_conv3d(x, weight, bias, **case.kwargs(), activation=name)
+        assert passes.activations == [1 + ACTIVATIONS.index(name)]
+    wide = (t.double() for t in (x, weight, bias))
+    expected = BY_TORCH[name](voxconv.reference.depthwise_conv3d(*wide, **case.kwargs()))
+    torch.testing.assert_close(got, expected.to(dtype))
 
 
 def test_a_kernel_applies_none_where_a_gradient_is_asked_for(kernels: ctypes.CDLL) -> None:
