@@ -40,13 +40,15 @@ os.environ["VOXCONV_CACHE_MIB"] = "0"  # results in memory that is used again wo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are not for machines without one."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Sweeps are for those who ask for them (-m sweep), the rest of a GPU where there is one."""
+    left_out = set() if "sweep" in config.getoption("-m") else {"sweep"}
+    if not torch.cuda.is_available():
+        left_out.add("gpu")
+    gone = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        kept = set(items) - set(gone)
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import voxconv
+from voxconv import _ops
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "voxconv/_C.abi3.so"
@@ -45,7 +46,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     build = ("build", "--build-lib", out / "lib")
     pack = ("bdist_wheel", "--skip-build", "--dist-dir", out, "--bdist-dir", out / "bdist")
-    _python("setup.py", "-q", *build, *pack)
+    cuda = _ops.cuda_build()  # what `make build` compiled for
+    same = {"VOXCONV_CUDA_ARCH": cuda.partition(" ")[0]} if cuda else {"VOXCONV_CUDA": "0"}
+    _python("setup.py", "-q", *build, *pack, **same)
     (built,) = out.glob("*.whl")
     return built
 

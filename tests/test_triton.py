@@ -262,7 +262,7 @@ def test_compiles_for(arch: int, rows: list[str]) -> None:
     _check(_compiled(arch, rows))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiles_for_all_models(layout: str) -> None:
     _check(_compiled(90, [f"{case}:float32:{layout}" for case in select("bar", "model")]))
