@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a block of each CUDA kernel has to do, for gpu_predict.py: a function for each family.
 
-They take a pass and its launch, as the launch rule of the family's .cuh chose it, and work back how
-large a slab or tile is. Multiply-adds, loads from shared memory and products of the tensor cores are
-those of the source; all instructions are counted in the machine code (sm_90a) of the inner loops,
-per warp, and what lies around these loops is rounded: copies, bounds, stores.
+They take a pass and its launch, as the launch rule of the family's .cuh chose it, and work back
+how large a slab or tile is. Multiply-adds, loads from shared memory and products of the tensor
+cores are those of the source; all instructions of a warp are counted in the machine code (sm_90a)
+of the inner loops, and what lies around these is rounded: copies, bounds, stores.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def planes(p: Pass, k: Kernel) -> Work:
 
 
 class Phases(NamedTuple):
-    """PhasedAxis of depthwise_lines_plan.h: how many there are; of each, where it begins to read and
-    with how many taps."""
+    """PhasedAxis of depthwise_lines_plan.h: how many there are; of each, where it begins to read
+    and with how many taps."""
 
     step: int
     stride: int
@@ -341,7 +341,7 @@ def weight_lines(p: Pass, k: Kernel) -> Work:
 
 def toeplitz(p: Pass, k: Kernel) -> Work:
     S, J, G = (k.number(i) for i in (1, 2, 3))
-    walks, (KD, KH, KW) = k.arguments[4] == "true", p.case.kernel
+    walks, (KD, KH, _) = k.arguments[4] == "true", p.case.kernel
     pieces, pairs = J + 2 * S - 1, 16 * S + 6
     units, halves = ceil(p.target[2], 8 * J), ceil(p.target[1], 8)
     for wide in range(1, min(units, k.warps) + 1):  # which of the cuts it was

@@ -40,6 +40,7 @@ COPY, FMA = 4.3e12, 33.5e12
 REGISTERS, SHARED, RESERVED, THREADS, BLOCKS = 65536, 228 << 10, 1 << 10, 2048, 32
 PRODUCT = 1.6  # clocks of a multiprocessor for an mma m16n8k16, at 60 % of its peak
 EFFICIENCY = 0.85  # of the clocks in which the busiest unit could work, those in which it does
+LAUNCH = 3e-6  # seconds that a launch takes, which are in no figure
 UNKNOWN_REGISTERS = 168  # of a kernel that is not in the table yet
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -116,7 +117,9 @@ class Launch:
         busiest = max(units, key=lambda unit: units[unit])
         if self.memory >= self.compute:
             return "memory"
-        return busiest if units[busiest] > 0.8 * self.compute else "blocks that do not come out even"
+        return (
+            busiest if units[busiest] > 0.8 * self.compute else "blocks that do not come out even"
+        )
 
 
 @dataclass(frozen=True)
@@ -285,20 +288,26 @@ def suite_table(predictions: Predictions, dtype: torch.dtype) -> Iterator[str]:
 
 
 def summary(predictions: Predictions) -> Iterator[str]:
+    def reach(made: list[Prediction]) -> str:
+        return f"{sum(p.share >= TARGET for p in made)} of {len(made)}"
+
     for dtype in DTYPES:
         made = [p for _, found in predictions.suite(dtype) for p in found if p]
-        reach = [p for p in made if p.share >= TARGET]
+        large = [p for p in made if p.roof >= LAUNCH]
         mean = math.exp(sum(math.log(p.share) for p in made) / len(made))
         yield (
-            f"{str(dtype).removeprefix('torch.')}: {len(reach)} of {len(made)} passes reach"
-            f" {100 * TARGET:.0f} %, the geometric mean is {100 * mean:.0f} %. Below it, by kernel"
-            " and by what takes the time:"
+            f"{str(dtype).removeprefix('torch.')}: {reach(made)} passes reach {100 * TARGET:.0f} %"
+            f" of their roof, of those with a roof of {1e6 * LAUNCH:.0f} µs or more"
+            f" {reach(large)}; the geometric mean is {100 * mean:.0f} %. What takes the time of the"
+            " others, small ones in brackets:"
         )
         yield ""
-        below = Counter((p.family, p.reason) for p in made if p.share < TARGET)
-        for family in dict.fromkeys(family for family, _ in below):
-            reasons = [(n, why) for (of, why), n in below.items() if of == family]
-            yield f"- {family}: " + ", ".join(f"{why} {n}" for n, why in sorted(reasons)[::-1])
+        below = [p for p in made if p.share < TARGET]
+        for family in dict.fromkeys(p.family for p in below):
+            counts = Counter(p.reason for p in below if p.family == family)
+            small = Counter(p.reason for p in below if p.family == family and p.roof < LAUNCH)
+            reasons = [f"{why} {n} ({small[why]})" for why, n in counts.most_common()]
+            yield f"- {family}: {', '.join(reasons)}"
         yield ""
 
 
