@@ -11,114 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import _path  # noqa: F401
-from cases import Case, Triple
-from cuda_kernels import Launched
+from gpu_launches import Kernel, Pass, Work, ceil
 
 STEP = 30  # instructions of a warp for a step of a walk: barrier, which plane, where it lies
-
-
-def ceil(a: float, b: float) -> int:
-    return -int(-a // b)
-
-
-class Work(NamedTuple):
-    """Of the warps of a block: what a multiprocessor issues, and what its units have to do."""
-
-    instructions: float
-    fmas: float = 0
-    wavefronts: float = 0
-    products: float = 0
-
-    def times(self, n: float) -> Work:
-        return Work(*(n * part for part in self))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A pass of a convolution: a row of the table, a transposed one turned round."""
-
-    case: Case
-    which: str
-    itemsize: int
-
-    @property
-    def halves(self) -> bool:
-        return self.itemsize == 2
-
-    @property
-    def x(self) -> Triple:
-        return self.case.out_size if self.case.transposed else self.case.size
-
-    @property
-    def out(self) -> Triple:
-        return self.case.size if self.case.transposed else self.case.out_size
-
-    @property
-    def backwards(self) -> bool:
-        return self.which == "grad_input"
-
-    @property
-    def source(self) -> Triple:
-        return self.out if self.backwards else self.x
-
-    @property
-    def target(self) -> Triple:
-        """Of the target; of grad_weight, the gradient of the output."""
-        return self.x if self.backwards else self.out
-
-    @property
-    def filters(self) -> int:
-        return self.case.out_channels
-
-    @property
-    def targets(self) -> int:
-        """Samples times channels of the target."""
-        few = self.backwards and not self.case.transposed
-        return self.case.n * (self.case.channels if few else self.filters)
-
-    @property
-    def outputs(self) -> int:
-        return self.targets * math.prod(self.target)
-
-    def before(self, i: int) -> int:
-        """Destination o reads from cell o - before on, of stride 1."""
-        before = self.case.pads[i][0]
-        return self.case.span[i] - 1 - before if self.backwards else before
-
-    def live(self, i: int) -> int:
-        """Pairs of an output and a tap along an axis that meet a cell."""
-        stride, dilation = self.case.stride[i], self.case.dilation[i]
-        first = [o * stride - self.case.pads[i][0] for o in range(self.out[i])]
-        reads = (f + k * dilation for f in first for k in range(self.case.kernel[i]))
-        return sum(0 <= cell < self.x[i] for cell in reads)
-
-
-class Kernel(NamedTuple):
-    """A launch, its name taken apart."""
-
-    family: str
-    arguments: tuple[str, ...]
-    launched: Launched
-
-    @property
-    def blocks(self) -> int:
-        return self.launched.grid[0]
-
-    @property
-    def warps(self) -> int:
-        return ceil(math.prod(self.launched.block), 32)
-
-    def number(self, i: int) -> int:
-        return int(self.arguments[i])
-
-
-def kernel_of(launched: Launched) -> Kernel:
-    family, _, rest = launched.kernel.partition("<")
-    return Kernel(family, tuple(rest.removesuffix(">").split(", ")), launched)
 
 
 def walk(p: Pass, slab: int) -> tuple[int, int]:
@@ -362,9 +259,10 @@ def toeplitz(p: Pass, k: Kernel) -> Work:
     live = min(KH, p.source[1] + (8 if groups == 2 else 16) - 1)  # lines of taps
     copied = min(rows, p.source[1]) * min(pitch // 8, ceil(p.source[2] + 7, 8)) * groups
     aligned = p.source[2] % 8 == 0
-    # A warp: products, the pairs of taps for them, pieces of lines; for a step 150 instructions
-    # besides, and for 32 copies of 16 bytes one for each.
-    issued = live * (met * (J * S + 2 * S + 3) + steps * (pieces + 12)) + steps * 150
+    # A warp: products, the pairs of taps for them, pieces of lines; for a plane that is done its
+    # stores and the moves of all sums; for 32 copies of 16 bytes one instruction each.
+    issued = live * (met * (J * S + 2 * S + 3) + steps * (pieces + 12)) + steps * 2 * STEP
+    issued += slab * (24 * J + 4 * J * G)
     issued += steps * copied * (1 if aligned else 3) / k.warps
     issued += 20 * KD * KH * pairs / (32 * k.warps)
     wavefronts = live * (met * 2 * S + steps * 2 * pieces) + steps * copied / 8 / k.warps
@@ -402,9 +300,10 @@ def hankel(p: Pass, k: Kernel) -> Work:
 
 
 def partials(p: Pass, k: Kernel) -> Work:
-    """8 threads share out the partial sums of a result."""
+    """Some threads share out the partial sums of a result."""
     parts = k.launched.scratch / 4 / (p.filters * p.case.taps)
-    return Work(10 * ceil(parts, 8) + 60, 0, ceil(parts, 8)).times(k.warps)
+    own = ceil(parts, k.launched.block[1])
+    return Work(10 * own + 60, 0, own).times(k.warps)
 
 
 FAMILIES: dict[str, Callable[[Pass, Kernel], Work]] = {

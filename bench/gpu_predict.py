@@ -26,7 +26,8 @@ import cuda_kernels
 import cuda_resources
 from cases import BY_NAME, CHANNELS_LAST, NCDHW, Case, select
 from conditions import ROOT
-from gpu_model import FAMILIES, Kernel, Pass, Work, ceil, kernel_of
+from gpu_launches import Kernel, Pass, Work, ceil, kernel_of
+from gpu_model import FAMILIES
 from voxconv import _dispatch
 from voxconv._geometry import PADDING_MODES, Geometry
 
@@ -231,7 +232,7 @@ def typical(predictions: Predictions) -> dict[str, dict[torch.dtype, Launch]]:
 def template(kernel: Kernel) -> str:
     """The kernel without its dtype; T stands for it."""
     dtype, *rest = kernel.arguments
-    arguments = ", ".join(one.replace(dtype, "T").replace(" >", ">") for one in rest)
+    arguments = ", ".join(one.replace(dtype, "T") for one in rest)
     return kernel.family.removeprefix("depthwise_") + (f"<{arguments}>" if arguments else "")
 
 
