@@ -192,6 +192,7 @@ class Launched(NamedTuple):
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
+    scratch: int  # bytes of device memory that the kernels of the pass share
 
 
 def plan(
@@ -211,8 +212,8 @@ def plan(
     names = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
     launched = []
     for line in names.stdout.splitlines():
-        name, *numbers = line.rsplit(" ", 7)
-        gx, gy, gz, bx, by, bz, shared = map(int, numbers)
+        name, *numbers = line.rsplit(" ", 8)
+        gx, gy, gz, bx, by, bz, shared, scratch = map(int, numbers)
         name = re.sub(r"^void |voxconv::device::|voxconv::", "", name).partition("(")[0]
-        launched.append(Launched(name, (gx, gy, gz), (bx, by, bz), shared))
+        launched.append(Launched(name, (gx, gy, gz), (bx, by, bz), shared, scratch))
     return launched

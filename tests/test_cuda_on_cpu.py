@@ -43,6 +43,7 @@ PLANES = [  # of depthwise_planes: several tiles, slabs, channels of a block; al
 def test_planes(case: Case, kernels: ctypes.CDLL) -> None:
     with cuda_kernels(kernels):
         assert_case(case, case.make(), torch.float32, versus_torch=True)
+    with cuda_kernels(kernels, "planes"):
         assert_case(case, case.make(torch.bfloat16), torch.bfloat16, versus_torch=True)
 
 

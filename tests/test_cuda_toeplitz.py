@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cases import Case, Tensors
-from cuda_kernels import cuda_kernels
+from cuda_kernels import cuda_kernels, plan
 from testing import HALVES, all_passes, assert_case, bitwise_equal, dtype_id, ours, reference
 
 TOEPLITZ = [
@@ -19,6 +19,7 @@ TOEPLITZ = [
     Case("dw7_three_tiles", channels=1, size=(7, 9, 24), kernel=(7, 7, 7), padding=3),
     Case("dw5_four_tiles", channels=1, size=(2, 17, 61), kernel=(5, 5, 5), padding=2),
     Case("dw3_multiplier2", n=2, channels=2, multiplier=2, size=(4, 9, 15), kernel=(3, 3, 5)),
+    Case("dw3_wide", channels=2, size=(4, 9, 33), padding=1),
     Case("dw3_long_walk", n=88, size=(7, 8, 9), kernel=(3, 1, 5), padding=(1, 0, 2)),
     Case("dw7_small", channels=3, size=(6, 6, 6), kernel=(7, 7, 7), padding=3),
     # Groups of planes: fewer than kd, and more; several blocks along each axis.
@@ -63,6 +64,15 @@ def test_toeplitz(case: Case, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
 def test_hankel(case: Case, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
     with cuda_kernels(kernels, "hankel"):
         assert_case(case, case.make(dtype), dtype, versus_torch=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "takes"), [(5, 16, True), (3, 32, True), (3, 31, False), (2, 64, False)]
+)
+def test_short_lines_of_taps(kernel: int, width: int, takes: bool, kernels: ctypes.CDLL) -> None:
+    case = Case("dw", size=(3, 8, width), kernel=(3, 3, kernel), padding=1)
+    (launched,) = plan(kernels, case, "forward", torch.bfloat16)
+    assert launched.kernel.startswith("depthwise_toeplitz") == takes
 
 
 @pytest.mark.parametrize("spot", [(0, 0, 0), (2, 3, 4)], ids=str)

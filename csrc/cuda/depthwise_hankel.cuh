@@ -229,34 +229,36 @@ __device__ float exact_weight(const HankelShape& a, const T* x, const T* grad, i
   return sum;
 }
 
-// A block of sum_hankel owns so many weights; so many threads share out the parts of each.
-constexpr int kHankelSums = 32, kHankelSharers = 8;
+// Threads of a block of sum_hankel, and how many share out the parts of a weight, at most.
+constexpr int kHankelSums = 256, kHankelSharers = 8;
 
-// grad_weight [filters, taps] from its parts [parts, filters, taps].
+// grad_weight [filters, taps] from its parts [parts, filters, taps]. blockDim is [weights of a
+// block, threads that share out the parts of each].
 template <class T>
-__global__ void __launch_bounds__(kHankelSums* kHankelSharers)
+__global__ void __launch_bounds__(kHankelSums)
     sum_hankel(HankelShape a, const T* x, const T* grad, const float* sums, T* grad_weight) {
   const int64_t all = a.filters * a.taps(), parts = a.batch * a.parts();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kHankelSums + threadIdx.x;
+  const int weights = static_cast<int>(blockDim.x), sharers = static_cast<int>(blockDim.y);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * weights + threadIdx.x;
   const int own = static_cast<int>(threadIdx.y);
   float* place = shared_memory<float>() + threadIdx.x;
   const auto shared_out = [&](float sum) {
     __syncthreads();
-    place[own * kHankelSums] = sum;
+    place[own * weights] = sum;
     __syncthreads();
     float total = 0;
-    for (int t = 0; t < kHankelSharers; ++t) total += place[t * kHankelSums];
+    for (int t = 0; t < sharers; ++t) total += place[t * weights];
     return total;
   };
   float sum = 0;
   if (i < all)
-    for (int64_t part = own; part < parts; part += kHankelSharers) sum += sums[part * all + i];
+    for (int64_t part = own; part < parts; part += sharers) sum += sums[part * all + i];
   sum = shared_out(sum);
   if (sum != sum) {
     const int at = static_cast<int>(i % a.taps()), lines = at / a.kernel[2];
     const int tap[3] = {lines / a.kernel[1], lines % a.kernel[1], at % a.kernel[2]};
     const int filter = static_cast<int>(i / a.taps());
-    sum = exact_weight(a, x, grad, filter, tap, own, kHankelSharers);
+    sum = exact_weight(a, x, grad, filter, tap, own, sharers);
   } else if (own > 0) {
     sum = 0;
   }
@@ -317,9 +319,11 @@ bool launch_hankel(const Launch& launch, HankelShape a, const T* x, const T* gra
   launch(depthwise_hankel<T, QW>, static_cast<unsigned>(columns * a.blocks_d),
          static_cast<unsigned>(32 * a.groups_h * a.wide * a.segments),
          static_cast<size_t>(a.shared(QW)), a, x, grad, sums);
-  launch(sum_hankel<T>, static_cast<unsigned>(ceil_div(all, kHankelSums)),
-         dim3(kHankelSums, kHankelSharers), kHankelSums * kHankelSharers * sizeof(float), a, x,
-         grad, sums, grad_weight);
+  unsigned sharers = kHankelSharers;
+  while (sharers > a.batch * a.parts()) sharers /= 2;
+  const unsigned weights = kHankelSums / sharers;
+  launch(sum_hankel<T>, static_cast<unsigned>(ceil_div(all, weights)), dim3(weights, sharers),
+         kHankelSums * sizeof(float), a, x, grad, sums, grad_weight);
   return true;
 }
 

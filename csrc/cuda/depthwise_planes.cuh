@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kPlanesThreads)
 constexpr int kPlanesWide = 16;
 constexpr size_t kPlanesShared = 48 << 10;
 // A plane of the source that a slab shares with the next takes this part of one of its own.
-constexpr double kPlanesEnds = 0.4;
+constexpr double kPlanesEnds = 0.2;
 
 // Whether depthwise_planes can do a pass, if it has as many taps, and had better.
 inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and grad_input of bfloat16 and float16 by the tensor cores: stride 1, dilation 1, zeros,
-// NCDHW, lines of 5 to 41 taps. They are one correlation, as in depthwise_planes.cuh.
+// NCDHW, lines of 3 to 41 taps. They are one correlation, as in depthwise_planes.cuh.
 //
 // Along W, 8 outputs are a product of the cells that they read with a banded (Toeplitz) matrix of
 // the taps of a line, T[i, n] = tap[i - n]; its 8 + kw - 1 rows fill up S steps of 16. 16 lines are
@@ -296,7 +296,8 @@ bool by_toeplitz(const Launch& launch, const Conv3dShape& shape, bool channels_l
       a.kernel[i] = static_cast<int>(axis[i].kernel);
       a.before[i] = static_cast<int>(before);
     }
-    if (a.kernel[2] < 5 || a.kernel[2] > 41) return false;
+    // Of narrow volumes with 3 taps too much of the products would be zeros.
+    if (a.kernel[2] < (a.target[2] < 32 ? 5 : 3) || a.kernel[2] > 41) return false;
     a.aligned = a.source[2] % 8 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0;
     const ToeplitzKind kind = toeplitz_kind(a);
     const int64_t made = ceil_div(a.target[2], 8 * kind.tiles) * 8 * kind.tiles *

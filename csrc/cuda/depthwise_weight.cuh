@@ -261,9 +261,11 @@ __global__ void __launch_bounds__(kSlabThreads<K>, kSlabBlocks<K>)
 }
 
 // Slabs have at most so many planes, because a thread adds 16 products of each to a sum, one after
-// the other, and at least so many where they are cut to give the multiprocessors of an H200 threads
-// enough.
-constexpr int kMostGradSlab = 16, kLeastGradSlab = 8, kSlabsWanted = 132 * 384;
+// the other, and at least so many, of which K - 1 are read for two of them, where they are cut to
+// give the multiprocessors of an H200 threads enough.
+constexpr int kMostGradSlab = 16, kSlabsWanted = 132 * 384;
+template <int K>
+constexpr int kLeastGradSlab = K == 3 ? 4 : 8;
 constexpr int kSlabsColumn = 16;        // patches of a tile along w, at most
 constexpr int kSlabsShared = 48 << 10;  // bytes of a block, at most
 constexpr int kSlabsBlocks = 2 * 132;   // before filters share a block of more than a warp
@@ -312,9 +314,9 @@ void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, co
   const int deep = least(fit, static_cast<int>(spread > warp ? spread : warp));
   const int64_t blocks = a.tiles * ceil_div(a.targets, deep);
   const int64_t slab = ceil_div(a.grad[0], ceil_div(kSlabsWanted, blocks * threads * deep));
-  a.slab = even_tile(a.grad[0], slab > kMostGradSlab    ? kMostGradSlab
-                                : slab < kLeastGradSlab ? kLeastGradSlab
-                                                        : slab);
+  a.slab = even_tile(a.grad[0], slab > kMostGradSlab       ? kMostGradSlab
+                                : slab < kLeastGradSlab<K> ? kLeastGradSlab<K>
+                                                           : slab);
   a.slabs = static_cast<int>(ceil_div(a.grad[0], a.slab));
   const int64_t parts = shape.batch * a.slabs * a.tiles, count = a.filters * shape.taps();
   Sum<T>* partials = take_partials(launch, parts, count, grad_weight);

@@ -51,8 +51,8 @@ class Launch {
   mutable std::vector<std::unique_ptr<Guarded>> scratch_;
 };
 
-// Writes down what would be launched, a line for each kernel: its symbol, grid, block and bytes of
-// shared memory.
+// Writes down what would be launched, a line for each kernel: its symbol, grid, block, bytes of
+// shared memory, and of the scratch that the pass has asked for.
 class Plan {
  public:
   template <class Kernel, class... Arguments>
@@ -62,14 +62,18 @@ class Plan {
     text_ += found.dli_sname ? found.dli_sname : "?";
     for (const dim3& size : {grid, block})
       for (unsigned n : {size.x, size.y, size.z}) text_ += " " + std::to_string(n);
-    text_ += " " + std::to_string(shared) + "\n";
+    text_ += " " + std::to_string(shared) + " " + std::to_string(scratch_) + "\n";
   }
-  void* scratch(size_t) const { return nullptr; }
+  void* scratch(size_t bytes) const {
+    scratch_ = bytes;
+    return &scratch_;  // some address: nothing runs
+  }
   int multiprocessors() const { return 132; }  // an H200's
   const std::string& text() const { return text_; }
 
  private:
   mutable std::string text_;
+  mutable size_t scratch_ = 0;
 };
 
 enum PassNumber { kForward, kGradInput, kGradWeight, kChannelSum };
