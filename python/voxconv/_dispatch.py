@@ -30,9 +30,9 @@ FFT_CELL_COST = (
     else ((2_000, 30), (16_000, 20), (64_000, 25), (250_000, 32), (math.inf, 50))
 )
 FFT_CALL_COST = 500_000
-# The same on a GPU, reckoned (bench/gpu_predict.py) and not yet measured: an FFT reads and writes a
-# cell some eight times, which takes as long as 600 multiply-adds of a kernel at a third of the GPU's
-# rate, as those for so many taps are; a call starts some 40 kernels.
+# The same on a GPU, reckoned (bench/gpu_predict.py) and not yet measured: an FFT reads and writes
+# a cell some eight times, which takes as long as 600 multiply-adds of a kernel at a third of the
+# GPU's rate, as those for so many taps are; a call starts some 40 kernels.
 CUDA_FFT_CELL_COST = 600
 CUDA_FFT_CALL_COST = 1_000_000_000
 CUDA_FFT_MIN_TAPS = 13**3
