@@ -49,7 +49,7 @@ def planes(p: Pass, k: Kernel) -> Work:
     plane = pitch * (tile_h + K - 1)
     copies = ceil(plane / cells, wide * high)
     read = lines + K - 1  # lines of the source, of 3 vectors each
-    taps = pairs * K * lines * ceil(K, 4)  # vectors, by all lanes at once
+    taps = pairs * K * ceil(K, 4)  # vectors, by all lanes at once
     fmas = pairs * lines * 4 * K * K
     each = 3 * read + 16 * copies + 4 * lines * K + STEP + (12 * read if p.halves else 0)
     copied = deep * plane * p.itemsize / 128 / k.warps

@@ -136,7 +136,9 @@ __device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, T
 }
 
 // What a plane of the source in shared memory adds to the sums of a thread: sum[kd] is of the plane
-// that reads it with tap kd. Unless kWhole, the block only has those with first <= kd <= last.
+// that reads it with tap kd. Unless kWhole, the block only has those with first <= kd <= last. A
+// line of taps is loaded once for all lines of the thread, and those of the source as they are
+// needed.
 template <int K, bool kWhole, class T>
 __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T>* taps, int first,
                                           int last, Sum<T> (&sum)[K][kLines<K>][kColumns]) {
@@ -144,29 +146,29 @@ __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T
   // The first cell that is read, from the vector on that holds it.
   constexpr int kFirst = kLead<K, T> % 4, kVectors = (kFirst + kColumns + K - 1 + 3) / 4;
   constexpr int kTapVectors = kTapPitch<K> / 4;
+  S x[kLines<K> + K - 1][kVectors][4];
+  const auto load_line = [&](int line) {
+    VOXCONV_UNROLL
+    for (int i = 0; i < kVectors; ++i) load_four(cells + line * pitch + 4 * i, x[line][i]);
+  };
   VOXCONV_UNROLL
-  for (int line = 0; line < kLines<K> + K - 1; ++line) {
-    S x[kVectors][4];
+  for (int line = 0; line < kLines<K>; ++line) load_line(line);
+  VOXCONV_UNROLL
+  for (int kh = 0; kh < K; ++kh) {
+    if (kh + 1 < K) load_line(kLines<K> + kh);  // of the next kh
     VOXCONV_UNROLL
-    for (int i = 0; i < kVectors; ++i) load_four(cells + line * pitch + 4 * i, x[i]);
-    VOXCONV_UNROLL
-    for (int kh = 0; kh < K; ++kh) {
-      const int h = line - kh;
-      if (h < 0 || h >= kLines<K>) continue;
+    for (int kd = 0; kd < K; ++kd) {
+      if (!kWhole && (kd < first || kd > last)) continue;
+      S tap[kTapVectors][4];
       VOXCONV_UNROLL
-      for (int kd = 0; kd < K; ++kd) {
-        if (!kWhole && (kd < first || kd > last)) continue;
-        S tap[kTapVectors][4];
+      for (int i = 0; i < kTapVectors; ++i)
+        load_four(taps + (kd * K + kh) * kTapPitch<K> + 4 * i, tap[i]);
+      VOXCONV_UNROLL
+      for (int kw = 0; kw < K; ++kw) {
         VOXCONV_UNROLL
-        for (int i = 0; i < kTapVectors; ++i)
-          load_four(taps + (kd * K + kh) * kTapPitch<K> + 4 * i, tap[i]);
-        VOXCONV_UNROLL
-        for (int kw = 0; kw < K; ++kw) {
-          VOXCONV_UNROLL
-          for (int w = 0; w < kColumns; ++w) {
-            const int cell = kFirst + w + kw;
-            sum[kd][h][w] += x[cell / 4][cell % 4] * tap[kw / 4][kw % 4];
-          }
+        for (int i = 0; i < kLines<K> * kColumns; ++i) {
+          const int h = i / kColumns, w = i % kColumns, cell = kFirst + w + kw;
+          sum[kd][h][w] += x[h + kh][cell / 4][cell % 4] * tap[kw / 4][kw % 4];
         }
       }
     }
