@@ -255,6 +255,7 @@ def _check(built: list[dict[str, Any]]) -> None:
         (80, ["mednext_dw7_32@128:float32:ncdhw", "mednext_dw3_32@128:bfloat16:channels_last_3d"]),
         (90, ["mednext_dw7_32@128:bfloat16:channels_last_3d", "mednext_dw3_32@128:float32:ncdhw"]),
         (90, ["mednext_up5_64@64:float32:ncdhw", "bar_dw13_48@24:float32:ncdhw"]),
+        (90, ["one_channel:float32:ncdhw", "dw13_circular:float16:ncdhw"]),
         (100, ["mednext_dw5_32@128:float32:ncdhw", "mednext_dw5_32@128:float64:channels_last_3d"]),
     ],
 )  # fmt: skip

@@ -159,13 +159,15 @@ def grad_weight_any(
 ):
     """parts [n * chunks, taps, filters]: what `planes` planes of a sample add to the gradient.
 
-    A program owns TAPS taps of a filter; a cell of grad is loaded once for all of them.
+    A program owns TAPS taps of a filter, and a sum for each of them in each of its lanes, which are
+    along the positions; a cell of grad is loaded once for all. Where a tap has no plane, no cell of
+    grad is below its limit.
     """
     SUM: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
     taps = kernel[0] * kernel[1] * kernel[2]
     blocks = tl.cdiv(taps, TAPS)
     i_program = tl.program_id(0)
-    o_k = i_program % blocks * TAPS + tl.arange(0, TAPS)[:, None]
+    first_k = i_program % blocks * TAPS
     i_program = i_program // blocks
     i_f = i_program % filters
     i_part = (i_program // filters).to(tl.int64)
@@ -173,30 +175,42 @@ def grad_weight_any(
     first = (i_part % chunks).to(tl.int32) * planes
     last = tl.minimum(first + planes, grad_sizes[0])
 
-    from_d = o_k // (kernel[1] * kernel[2]) * dilation[0] - before[0]
-    from_h = o_k // kernel[2] % kernel[1] * dilation[1] - before[1]
-    from_w = o_k % kernel[2] * dilation[2] - before[2]
     p_grad = p_grad + i_n * grad_strides[0] + i_f.to(tl.int64) * grad_strides[1]
     p_x = p_x + i_n * x_strides[0] + (i_f // multiplier).to(tl.int64) * x_strides[1]
     cells = tl.cast(grad_sizes[1], OFFSET) * grad_sizes[2]
 
-    sums = tl.zeros((TAPS, POSITIONS), SUM)
+    from_d, from_h, from_w = (), (), ()
+    for i in tl.static_range(TAPS):
+        k = first_k + i
+        from_d += (k // (kernel[1] * kernel[2]) * dilation[0] - before[0],)
+        from_h += (k // kernel[2] % kernel[1] * dilation[1] - before[1],)
+        from_w += (k % kernel[2] * dilation[2] - before[2],)
+    sums = (tl.zeros((POSITIONS,), SUM),) * TAPS
     for d in range(first, last):
-        i_d = source_index(from_d + d * stride[0], x_sizes[0], MODE)
-        m_d = (o_k < taps) & (i_d >= 0) & (i_d < x_sizes[0])
-        p_plane = p_x + i_d.to(tl.int64) * x_strides[2]
         p_from = p_grad + tl.cast(d, tl.int64) * grad_strides[2]
+        p_planes, limits = (), ()
+        for i in tl.static_range(TAPS):
+            i_d = source_index(from_d[i] + d * stride[0], x_sizes[0], MODE)
+            live = (first_k + i < taps) & (i_d >= 0) & (i_d < x_sizes[0])
+            limits += (tl.where(live, cells, 0),)
+            p_planes += (p_x + tl.cast(i_d, tl.int64) * x_strides[2],)
         for o in range(0, cells, POSITIONS):
-            o_p = o + tl.arange(0, POSITIONS)[None, :]
-            m_p = o_p < cells
+            o_p = o + tl.arange(0, POSITIONS)
             o_h = o_p // grad_sizes[2]
             o_w = o_p - o_h * grad_sizes[2]
             p = p_from + o_h * grad_strides[3] + o_w * grad_strides[4]
-            b_grad = tl.load(p, mask=m_p, other=0.0).to(SUM)
-            i_h = source_index(from_h + o_h * stride[1], x_sizes[1], MODE)
-            i_w = source_index(from_w + o_w * stride[2], x_sizes[2], MODE)
-            m = m_d & m_p & (i_h >= 0) & (i_h < x_sizes[1]) & (i_w >= 0) & (i_w < x_sizes[2])
-            p = p_plane + i_h * x_strides[3] + i_w * x_strides[4]
-            sums = tl.fma(tl.load(p, mask=m, other=0.0).to(SUM), b_grad, sums)
-    p_parts = p_parts + i_part * part_strides[0] + o_k * part_strides[1] + i_f * part_strides[2]
-    tl.store(p_parts, tl.sum(sums, 1, keep_dims=True), mask=o_k < taps)
+            b_grad = tl.load(p, mask=o_p < cells, other=0.0).to(SUM)
+            new = ()
+            for i in tl.static_range(TAPS):
+                i_h = source_index(from_h[i] + o_h * stride[1], x_sizes[1], MODE)
+                i_w = source_index(from_w[i] + o_w * stride[2], x_sizes[2], MODE)
+                m = (i_h >= 0) & (i_h < x_sizes[1]) & (i_w >= 0) & (i_w < x_sizes[2])
+                p = p_planes[i] + i_h * x_strides[3] + i_w * x_strides[4]
+                b_x = tl.load(p, mask=m & (o_p < limits[i]), other=0.0).to(SUM)
+                new += (tl.fma(b_x, b_grad, sums[i]),)
+            sums = new
+    p_parts = p_parts + i_part * part_strides[0] + i_f * part_strides[2]
+    for i in tl.static_range(TAPS):
+        k = first_k + i
+        if k < taps:
+            tl.store(p_parts + k * part_strides[1], tl.sum(sums[i], 0))

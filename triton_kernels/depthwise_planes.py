@@ -101,24 +101,27 @@ def add_column(
     p_taps,
     kw,
     I_MARCH: tl.constexpr,
-    KERNEL: tl.constexpr,
-    MARCH: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    MARCH_D: tl.constexpr,
+    MARCH_H: tl.constexpr,
     LINES: tl.constexpr,
     CHANNELS: tl.constexpr,
     SUM: tl.constexpr,
 ):
     """What the taps kw of plane I_MARCH of a march add to the sums of RING times LINES targets."""
-    for kh in tl.static_range(KERNEL[1]):
-        for kd in tl.static_range(I_MARCH, KERNEL[0], MARCH[0]):
+    for kh in tl.static_range(KH):
+        for kd in tl.static_range(I_MARCH, KD, MARCH_D):
             if len(weights):
-                b_w = weights[(kd * KERNEL[1] + kh) * KERNEL[2] + kw]
+                b_w = weights[(kd * KH + kh) * KW + kw]
             else:
-                b_w = tl.load(p_taps + (kd * KERNEL[1] + kh) * KERNEL[2] * CHANNELS).to(SUM)
-            new = sums[: kd // MARCH[0] * LINES]
+                b_w = tl.load(p_taps + (kd * KH + kh) * KW * CHANNELS).to(SUM)
+            new = sums[: kd // MARCH_D * LINES]
             for i in tl.static_range(LINES):
-                row = rows[kh + i * MARCH[1]]
-                new += (tl.fma(row, b_w, sums[kd // MARCH[0] * LINES + i]),)
-            sums = new + sums[(kd // MARCH[0] + 1) * LINES :]
+                row = rows[kh + i * MARCH_H]
+                new += (tl.fma(row, b_w, sums[kd // MARCH_D * LINES + i]),)
+            sums = new + sums[(kd // MARCH_D + 1) * LINES :]
     return sums
 
 
@@ -141,8 +144,11 @@ def correlate_planes(
     slab,
     slabs,
     SUMMED: tl.constexpr,
-    KERNEL: tl.constexpr,
-    MARCH: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    MARCH_D: tl.constexpr,
+    MARCH_H: tl.constexpr,
     MODE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LINES: tl.constexpr,
@@ -153,9 +159,9 @@ def correlate_planes(
 ):
     """Channel c of y reads SUMMED channels of x, from c * SUMMED / share on, with a filter each:
     weight [SUMMED, blocks, taps, CHANNELS]. HOIST: weights stay in registers."""
-    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
-    RING: tl.constexpr = (KERNEL[0] + MARCH[0] - 1) // MARCH[0]
-    ROWS: tl.constexpr = (LINES - 1) * MARCH[1] + KERNEL[1]
+    TAPS: tl.constexpr = KD * KH * KW
+    RING: tl.constexpr = (KD + MARCH_D - 1) // MARCH_D
+    ROWS: tl.constexpr = (LINES - 1) * MARCH_H + KH
     SUM: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
 
     r_d, o_h, o_w, m, i_block, i_rest, _ = place_program(
@@ -173,7 +179,7 @@ def correlate_planes(
     p_y = p_y + i_n * y_strides[0] + o_c.to(tl.int64) * y_strides[1]
     p_y = p_y + o_h * y_strides[3] + o_w * y_strides[4]
     p_weight = p_weight + i_block.to(tl.int64) * (TAPS * CHANNELS) + o_block
-    filters = tl.cdiv(channels, CHANNELS).to(tl.int64) * (TAPS * CHANNELS)
+    filters = tl.cast(tl.cdiv(channels, CHANNELS), tl.int64) * (TAPS * CHANNELS)
 
     weights = ()
     if HOIST:
@@ -186,8 +192,8 @@ def correlate_planes(
     zeros = (tl.zeros((POSITIONS, CHANNELS), SUM),) * LINES
     sums = zeros * RING
     for v in range(first, last + RING - 1):
-        for i_m in tl.static_range(MARCH[0]):
-            i_d = r_d * stride[0] + (v * MARCH[0] + i_m) * dilation[0] - before[0]
+        for i_m in tl.static_range(MARCH_D):
+            i_d = r_d * stride[0] + (v * MARCH_D + i_m) * dilation[0] - before[0]
             i_d = source_index(i_d, x_sizes[0], MODE)
             if (i_d >= 0) & (i_d < x_sizes[0]):
                 for i in range(SUMMED):
@@ -195,7 +201,7 @@ def correlate_planes(
                     p_plane = p_x + i_c * x_strides[1] + i_d.to(tl.int64) * x_strides[2]
                     p_taps = p_weight + i * filters
                     if HOIST:
-                        for kw in tl.static_range(KERNEL[2]):
+                        for kw in tl.static_range(KW):
                             rows = load_lines(
                                 p_plane,
                                 from_h,
@@ -216,14 +222,17 @@ def correlate_planes(
                                 p_taps,
                                 kw,
                                 i_m,
-                                KERNEL,
-                                MARCH,
+                                KD,
+                                KH,
+                                KW,
+                                MARCH_D,
+                                MARCH_H,
                                 LINES,
                                 CHANNELS,
                                 SUM,
                             )
                     else:
-                        for kw in range(KERNEL[2]):
+                        for kw in range(KW):
                             rows = load_lines(
                                 p_plane,
                                 from_h,
@@ -244,8 +253,11 @@ def correlate_planes(
                                 p_taps + kw * CHANNELS,
                                 kw,
                                 i_m,
-                                KERNEL,
-                                MARCH,
+                                KD,
+                                KH,
+                                KW,
+                                MARCH_D,
+                                MARCH_H,
                                 LINES,
                                 CHANNELS,
                                 SUM,

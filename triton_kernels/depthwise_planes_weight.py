@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """grad_weight of kernels that are not large: the walk of depthwise_planes, for sums over volumes.
 
-A program owns the taps of KH lines of each plane of the kernel (all of them, or one), for CHANNELS
-filters, and all products of its columns with a slab of planes of x. It keeps a sum for each of its
-taps and each of its lanes, and the last RING planes of grad; a plane of x is loaded once for the
-targets that read it: K (LINES + K - 1) / LINES loads and K^3 multiply-adds for a cell of grad where
-KH = K; K loads and K^2 multiply-adds where KH is 1, in each of K programs. A warp adds up its lanes
-at the end, in a tree, and the launcher the programs.
+A program owns the taps of OWN_KH lines of each plane of the kernel (all of them, or one), for
+CHANNELS filters, and all products of its columns with a slab of planes of x. It keeps a sum for
+each of its taps and each of its lanes, and the last RING planes of grad; a plane of x is loaded
+once for the targets that read it: K (LINES + K - 1) / LINES loads and K^3 multiply-adds for a cell
+of grad where OWN_KH = K; K loads and K^2 multiply-adds where OWN_KH is 1, in each of K programs. A
+warp adds up its lanes at the end, in a tree, and the launcher the programs.
 
 LINES divides the lines, so that the lines of a group are all there. Where grad has no plane, x is
 put to zero too: a zero times an infinity would not vanish.
@@ -31,24 +31,26 @@ def add_products(
     planes,
     WHOLE: tl.constexpr,
     I_MARCH: tl.constexpr,
-    KERNEL: tl.constexpr,
-    MARCH: tl.constexpr,
+    KD: tl.constexpr,
+    KW: tl.constexpr,
+    MARCH_D: tl.constexpr,
+    MARCH_H: tl.constexpr,
     LINES: tl.constexpr,
-    KH: tl.constexpr,
+    OWN_KH: tl.constexpr,
 ):
     """What plane I_MARCH of march v adds to the sums of taps kw. WHOLE: grad has all the planes."""
-    for kh in tl.static_range(KH):
-        for kd in tl.static_range(I_MARCH, KERNEL[0], MARCH[0]):
-            b_sum = sums[(kd * KH + kh) * KERNEL[2] + kw]
+    for kh in tl.static_range(OWN_KH):
+        for kd in tl.static_range(I_MARCH, KD, MARCH_D):
+            b_sum = sums[(kd * OWN_KH + kh) * KW + kw]
             for i in tl.static_range(LINES):
-                row = rows[kh + i * MARCH[1]]
+                row = rows[kh + i * MARCH_H]
                 if not WHOLE:
-                    q = v - kd // MARCH[0]
+                    q = v - kd // MARCH_D
                     row = tl.where((q >= 0) & (q < planes), row, 0.0)
-                b_sum = tl.fma(row, grads[kd // MARCH[0] * LINES + i], b_sum)
-            new = sums[: (kd * KH + kh) * KERNEL[2] + kw]
+                b_sum = tl.fma(row, grads[kd // MARCH_D * LINES + i], b_sum)
+            new = sums[: (kd * OWN_KH + kh) * KW + kw]
             new += (b_sum,)
-            sums = new + sums[(kd * KH + kh) * KERNEL[2] + kw + 1 :]
+            sums = new + sums[(kd * OWN_KH + kh) * KW + kw + 1 :]
     return sums
 
 
@@ -70,22 +72,25 @@ def grad_weight_planes(
     multiplier,
     slab,
     slabs,
-    KERNEL: tl.constexpr,
-    MARCH: tl.constexpr,
-    MODE: tl.constexpr,
+    KD: tl.constexpr,
     KH: tl.constexpr,
+    KW: tl.constexpr,
+    MARCH_D: tl.constexpr,
+    MARCH_H: tl.constexpr,
+    MODE: tl.constexpr,
+    OWN_KH: tl.constexpr,
     LINES: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
     """parts [programs of a block, taps, filters] from grad [n, filters, ...] and x."""
-    RING: tl.constexpr = (KERNEL[0] + MARCH[0] - 1) // MARCH[0]
-    ROWS: tl.constexpr = (LINES - 1) * MARCH[1] + KH
+    RING: tl.constexpr = (KD + MARCH_D - 1) // MARCH_D
+    ROWS: tl.constexpr = (LINES - 1) * MARCH_H + OWN_KH
     SUM: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
 
-    first_kh = tl.program_id(0) % (KERNEL[1] // KH) * KH
-    i_program = tl.program_id(0) // (KERNEL[1] // KH)
+    first_kh = tl.program_id(0) % (KH // OWN_KH) * OWN_KH
+    i_program = tl.program_id(0) // (KH // OWN_KH)
     r_d, o_h, o_w, m, i_block, i_rest, i_part = place_program(
         i_program, grad_sizes, lattices, filters, LINES, POSITIONS, CHANNELS, OFFSET
     )
@@ -100,7 +105,7 @@ def grad_weight_planes(
     p_grad = p_grad + i_n * grad_strides[0] + o_c.to(tl.int64) * grad_strides[1]
     p_x = p_x + i_n * x_strides[0] + (o_c // multiplier).to(tl.int64) * x_strides[1]
 
-    sums = (tl.zeros((POSITIONS, CHANNELS), SUM),) * (KERNEL[0] * KH * KERNEL[2])
+    sums = (tl.zeros((POSITIONS, CHANNELS), SUM),) * (KD * OWN_KH * KW)
     grads = (tl.zeros((POSITIONS, CHANNELS), SUM),) * (RING * LINES)
     for v in range(first - (RING - 1), last):
         new = (tl.zeros((POSITIONS, CHANNELS), SUM),) * LINES
@@ -110,13 +115,13 @@ def grad_weight_planes(
                 p_plane, o_h, o_w, 0, m, grad_sizes, grad_strides, lattices[1], LINES, 0, SUM
             )
         grads = new + grads[: (RING - 1) * LINES]
-        for i_m in tl.static_range(MARCH[0]):
-            i_d = r_d * stride[0] + (v * MARCH[0] + i_m) * dilation[0] - before[0]
+        for i_m in tl.static_range(MARCH_D):
+            i_d = r_d * stride[0] + (v * MARCH_D + i_m) * dilation[0] - before[0]
             i_d = source_index(i_d, x_sizes[0], MODE)
             if (v >= first) & (i_d >= 0) & (i_d < x_sizes[0]):
                 p_plane = p_x + i_d.to(tl.int64) * x_strides[2]
                 if (v >= RING - 1) & (v < planes):
-                    for kw in tl.static_range(KERNEL[2]):
+                    for kw in tl.static_range(KW):
                         rows = load_lines(
                             p_plane,
                             from_h,
@@ -139,13 +144,15 @@ def grad_weight_planes(
                             planes,
                             True,
                             i_m,
-                            KERNEL,
-                            MARCH,
+                            KD,
+                            KW,
+                            MARCH_D,
+                            MARCH_H,
                             LINES,
-                            KH,
+                            OWN_KH,
                         )
                 else:
-                    for kw in tl.static_range(KERNEL[2]):
+                    for kw in tl.static_range(KW):
                         rows = load_lines(
                             p_plane,
                             from_h,
@@ -168,16 +175,18 @@ def grad_weight_planes(
                             planes,
                             False,
                             i_m,
-                            KERNEL,
-                            MARCH,
+                            KD,
+                            KW,
+                            MARCH_D,
+                            MARCH_H,
                             LINES,
-                            KH,
+                            OWN_KH,
                         )
 
     p_parts = p_parts + i_part.to(tl.int64) * part_strides[0] + o_c * part_strides[2]
-    for kd in tl.static_range(KERNEL[0]):
-        for kh in tl.static_range(KH):
-            for kw in tl.static_range(KERNEL[2]):
-                tap = (kd * KERNEL[1] + first_kh + kh) * KERNEL[2] + kw
-                b = tl.sum(sums[(kd * KH + kh) * KERNEL[2] + kw], 0, keep_dims=True)
+    for kd in tl.static_range(KD):
+        for kh in tl.static_range(OWN_KH):
+            for kw in tl.static_range(KW):
+                tap = (kd * KH + first_kh + kh) * KW + kw
+                b = tl.sum(sums[(kd * OWN_KH + kh) * KW + kw], 0, keep_dims=True)
                 tl.store(p_parts + tap * part_strides[1], b, mask=o_c < filters)
