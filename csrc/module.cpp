@@ -22,6 +22,15 @@ PyObject* cuda_build(PyObject*, PyObject*) {
 #endif
 }
 
+// (linked runtime, driver), both 0 without CUDA.
+PyObject* cuda_versions(PyObject*, PyObject*) {
+#if defined(USE_CUDA)
+  return Py_BuildValue("ii", voxconv::cuda_runtime(), voxconv::cuda_driver());
+#else
+  return Py_BuildValue("ii", 0, 0);
+#endif
+}
+
 }  // namespace
 
 extern "C"
@@ -31,6 +40,7 @@ extern "C"
     PyObject* PyInit__C(void) {
   static PyMethodDef methods[] = {{"empty_cache", empty_cache, METH_NOARGS, nullptr},
                                   {"cuda_build", cuda_build, METH_NOARGS, nullptr},
+                                  {"cuda_versions", cuda_versions, METH_NOARGS, nullptr},
                                   {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);

@@ -132,22 +132,24 @@ def test_large_kernels_in_float32_take_the_fft_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "capability", "word"),
+    ("built", "capability", "driver", "word"),
     [
-        ("80;90a;100+PTX", (8, 6), None),
-        ("80;90a;100+PTX", (9, 0), None),
-        ("80;90a;100+PTX", (12, 0), None),
-        ("80;90a;100+PTX", (7, 5), "sm_80 or later"),
-        ("90a", (8, 0), "VOXCONV_CUDA_ARCH=80"),
-        ("80", (9, 0), "VOXCONV_CUDA_ARCH=90"),
-        (None, (9, 0), "VOXCONV_CUDA=1"),
+        ("80;90a;100+PTX", (8, 6), 13000, None),
+        ("80;90a;100+PTX", (9, 0), 13020, None),
+        ("80;90a;100+PTX", (12, 0), 14000, None),
+        ("80;90a;100+PTX", (7, 5), 13000, "sm_80 or later"),
+        ("80;90a;100+PTX", (9, 0), 12080, "CUDA 13.0 and the driver for 12.8"),
+        ("90a", (8, 0), 13000, "VOXCONV_CUDA_ARCH=80"),
+        ("80", (9, 0), 13000, "VOXCONV_CUDA_ARCH=90"),
+        (None, (9, 0), 13000, "VOXCONV_CUDA=1"),
     ],
 )
 def test_which_gpus_the_compiled_part_runs_on(
-    built: str | None, capability: tuple[int, int], word: str | None
+    built: str | None, capability: tuple[int, int], driver: int, word: str | None
 ) -> None:
     with (
         mock.patch.object(_ops, "cuda_build", return_value=built and f"{built} nvcc 13.0"),
+        mock.patch.object(_ops, "cuda_versions", return_value=(13000, driver)),
         mock.patch.object(_ops, "_missing", None),
     ):
         reason = _ops._missing_on_gpu.__wrapped__(*capability)["cuda"]

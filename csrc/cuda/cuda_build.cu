@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda_build.h"
 
+#include <cuda_runtime_api.h>
+
 #define VOXCONV_TEXT(x) #x
 #define VOXCONV_TEXT_OF(x) VOXCONV_TEXT(x)
 
@@ -9,4 +11,11 @@
 const char* voxconv::cuda_build() {
   return VOXCONV_CUDA_ARCH
       " nvcc " VOXCONV_TEXT_OF(__CUDACC_VER_MAJOR__) "." VOXCONV_TEXT_OF(__CUDACC_VER_MINOR__);
+}
+
+int voxconv::cuda_runtime() { return CUDART_VERSION; }
+
+int voxconv::cuda_driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }

@@ -18,6 +18,7 @@ namespace voxconv {
 class CudaLaunch {
  public:
   explicit CudaLaunch(const Tensor& tensor) : guard_(tensor.get_device_index()), like_(tensor) {
+    VOXCONV_CHECK(aoti_torch_get_current_cuda_stream, "voxconv: this torch has no CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

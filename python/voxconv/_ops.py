@@ -145,6 +145,11 @@ def cuda_build() -> str | None:
     return importlib.import_module("voxconv._C").cuda_build()  # type: ignore[no-any-return]
 
 
+def cuda_versions() -> tuple[int, int]:
+    """CUDA's version, 13000 for 13.0, of the compiled part and of this machine's driver."""
+    return importlib.import_module("voxconv._C").cuda_versions()  # type: ignore[no-any-return]
+
+
 def missing(device: torch.device) -> Mapping[str, str]:
     """Why backends cannot run on a device, by backend; those that can are left out."""
     reasons: dict[str, str | None] = {}
@@ -177,6 +182,12 @@ def _missing_on_gpu(major: int, minor: int) -> dict[str, str | None]:
         )
     elif (major, minor) < _LEAST_CAPABILITY:
         cuda = f"it needs a GPU of sm_80 or later, and this one is {name}"
+    elif (versions := cuda_versions())[1] // 1000 < versions[0] // 1000:
+        runtime, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in versions)
+        cuda = (
+            f"the compiled part is for CUDA {runtime} and the driver for {driver}: update the "
+            "driver, or build it with an older nvcc"
+        )
     elif not any(_runs(architecture, major, minor) for architecture in built):
         cuda = (
             f"the compiled part was built for sm {', '.join(built)}, and this GPU is {name}: build "
