@@ -119,9 +119,9 @@ class Passes:
         other: torch.Tensor | None,
         bias: torch.Tensor | None,
         target: torch.Tensor,
+        last: bool,
         activation: int = 0,
     ) -> torch.Tensor:
-        last = is_channels_last(source)
         results = []
         for falling in (False, True):
             into = torch.empty_like(target)
@@ -147,28 +147,31 @@ class Passes:
         *geometry, activation = geometry  # type: ignore[assignment]
         target = _ops._fake_forward(x, weight, bias, *geometry)
         self.activations.append(activation)
-        x = _dense(x, is_channels_last(target))
+        last = is_channels_last(x)  # the layout of the first tensor, as in depthwise.cu
         shape = _shape(x.shape, weight.shape[0], weight.shape[2:], *geometry)
-        return self._run("forward", shape, x, weight.contiguous(), bias, target, activation)
+        tensors = (_dense(x, last), weight.contiguous(), bias, target)
+        return self._run("forward", shape, *tensors, last, activation)
 
     def grad_input(self, grad: Any, weight: Any, size: Any, *geometry: Any) -> torch.Tensor:
         *geometry, bias = geometry  # type: ignore[assignment]
         target = _ops._fake_grad_input(grad, weight, size)
         shape = _shape(target.shape, grad.shape[1], weight.shape[2:], *geometry)
-        grad = _dense(grad, is_channels_last(target))
-        return self._run("grad_input", shape, grad, weight.contiguous(), bias, target)
+        last = is_channels_last(grad)
+        tensors = (_dense(grad, last), weight.contiguous(), bias, target)
+        return self._run("grad_input", shape, *tensors, last)
 
     def grad_weight(self, grad: Any, x: Any, kernel: Any, *geometry: Any) -> torch.Tensor:
         target = _ops._fake_grad_weight(grad, x, kernel)
         last = is_channels_last(grad)
         shape = _shape(x.shape, grad.shape[1], kernel, *geometry)
-        return self._run("grad_weight", shape, _dense(x, last), _dense(grad, last), None, target)
+        tensors = (_dense(x, last), _dense(grad, last), None, target)
+        return self._run("grad_weight", shape, *tensors, last)
 
     def channel_sum(self, grad: Any) -> torch.Tensor:
-        grad = grad if is_channels_last(grad) else grad.contiguous()
-        one = (1, 1, 1)
+        last, one = is_channels_last(grad), (1, 1, 1)
         shape = _shape(grad.shape, grad.shape[1], one, one, (0,) * 6, one, 0)
-        return self._run("grad_bias", shape, grad, None, None, _ops._fake_channel_sum(grad))
+        target = _ops._fake_channel_sum(grad)
+        return self._run("grad_bias", shape, _dense(grad, last), None, None, target, last)
 
 
 @contextmanager

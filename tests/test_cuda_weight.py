@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,3 +139,23 @@ def test_channel_sum(layout: str, dtype: torch.dtype, kernels: ctypes.CDLL) -> N
         got, expected = passes.channel_sum(x), x.double().sum((0, 2, 3, 4))
         summed = n * size[0] * size[1] * size[2]
         assert_accurate(str(x.shape), got, expected, expected.to(dtype), taps=summed, chain=64)
+
+
+@pytest.mark.parametrize("step", ["dilation", "stride"])
+def test_steps_whose_products_leave_32_bits(step: str, kernels: ctypes.CDLL) -> None:
+    """A line of x that is read has more cells than shared memory, and than an int counts bytes."""
+    far = 60_000_000
+    case = Case(
+        "far", channels=2, size=(1, 32, 1), kernel=(3, 3, 3), padding=((1, 1), (1, 1), (far, far))
+    )
+    case = replace(case, **{step: (1, 1, far)})
+    with cuda_kernels(kernels):
+        assert_case(case, case.make(), torch.float32, versus_torch=False)
+
+
+def test_a_voxel_whose_layout_is_either(kernels: ctypes.CDLL) -> None:
+    case = Case(
+        "voxel", channels=17, size=(1, 1, 1), kernel=(3, 2, 1), padding=((4, 4), (2, 2), (0, 0))
+    )
+    with cuda_kernels(kernels):
+        assert_case(case, case.make(layout=CHANNELS_LAST), torch.float32, versus_torch=False)

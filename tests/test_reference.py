@@ -201,3 +201,11 @@ def test_gradients_by_hand(conv: Callable[..., torch.Tensor], axis: int) -> None
 def test_every_pass_is_compared() -> None:
     case = select("smoke")[0]
     assert set(all_passes(reference, case, case.make(torch.float64))) == set(PASSES)
+
+
+def test_what_is_not_finite_reaches_what_reads_it() -> None:
+    x = torch.zeros(1, 2, 5, 5, 5)
+    x[0, 0, 0, 0, 0] = torch.nan
+    y = voxconv.reference.depthwise_conv3d(x, torch.ones(2, 1, 3, 3, 3), padding=1)
+    assert y.isnan().sum() == 8
+    assert y[0, 0, :2, :2, :2].isnan().all()

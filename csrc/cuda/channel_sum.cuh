@@ -105,7 +105,7 @@ void launch_channel_sum_of(const Launch& launch, bool channels_last, const T* gr
     const int64_t parts = batch * pieces;
     S* partials = take_partials(launch, parts, channels, sums);
     if (parts > 0)
-      launch(channel_sum_ncdhw<T, Elements>, static_cast<unsigned>(parts * channels), threads,
+      launch(channel_sum_ncdhw<T, Elements>, grid_of(parts * channels), threads,
              threads * sizeof(S), grad, channels, units, pieces, partials);
     return launch_sum_partials(launch, partials, parts, channels, sums);
   }
@@ -114,9 +114,8 @@ void launch_channel_sum_of(const Launch& launch, bool channels_last, const T* gr
   const int64_t parts = ceil_div(batch * cells, kSumUnits * high);
   S* partials = take_partials(launch, parts, channels, sums);
   if (parts > 0)
-    launch(channel_sum_last<T, Elements>, static_cast<unsigned>(parts * ceil_div(units, wide)),
-           dim3(wide, high), wide * high * Elements * sizeof(S), grad, units, batch * cells,
-           partials);
+    launch(channel_sum_last<T, Elements>, grid_of(parts * ceil_div(units, wide)), dim3(wide, high),
+           wide * high * Elements * sizeof(S), grad, units, batch * cells, partials);
   launch_sum_partials(launch, partials, parts, channels, sums);
 }
 

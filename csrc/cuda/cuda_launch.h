@@ -29,6 +29,9 @@ class CudaLaunch {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                   const Arguments&... arguments) const {
+    VOXCONV_CHECK(grid.x > 0,
+                  "voxconv: a pass of more blocks than a GPU counts, 2^31 - 1: run it in "
+                  "parts, or under voxconv.use_backend(\"torch\")");
     constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
     const auto* function = reinterpret_cast<const void*>(kernel);
     if (shared > kUnasked)

@@ -206,8 +206,8 @@ void launch_channels(const Launch& launch, const ChannelsShape& a, int64_t batch
                      const T* weight, const T* bias, T* target) {
   const int64_t blocks = blocks_of(a.tiles, a.channels, batch);
   const auto threads = static_cast<unsigned>(ceil_div(a.tiles.columns * a.channels.own, 32) * 32);
-  launch(depthwise_channels_last<T, K, P>, static_cast<unsigned>(blocks), threads,
-         kChannelsShared<T, K, P>, a, source, weight, bias, target);
+  launch(depthwise_channels_last<T, K, P>, grid_of(blocks), threads, kChannelsShared<T, K, P>, a,
+         source, weight, bias, target);
 }
 
 // How long the multiprocessors take with tiles of P lines, which are written to `tiles`. A line

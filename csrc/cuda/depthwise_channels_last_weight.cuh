@@ -197,8 +197,7 @@ void launch_channels_weight(const Launch& launch, const Conv3dShape& shape, cons
   const int64_t count = shape.channels * shape.taps();
   Sum<T>* partials = take_partials(launch, parts, count, grad_weight);
   const auto wide = ceil_div(a.tiles.columns * a.channels.own, 32) * 32;
-  launch(depthwise_channels_last_weight<T, K>,
-         static_cast<unsigned>(blocks_of(a.tiles, a.channels, shape.batch)),
+  launch(depthwise_channels_last_weight<T, K>, grid_of(blocks_of(a.tiles, a.channels, shape.batch)),
          dim3(static_cast<unsigned>(wide), kColumnGroups<K>), kWeightShared<K, T>, a, x, grad,
          partials);
   launch_sum_partials(launch, partials, parts, count, grad_weight);

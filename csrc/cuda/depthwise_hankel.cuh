@@ -304,10 +304,11 @@ template <int QW, class T, class Launch>
 bool launch_hankel(const Launch& launch, HankelShape a, const T* x, const T* grad, T* grad_weight) {
   if (!cut_lines<QW>(a)) return false;
   const int64_t columns = a.batch * a.filters * a.tiles_d * a.blocks_h * a.blocks_w;
+  const int multiprocessors = launch.multiprocessors();
   int64_t least = INT64_MAX;
   for (int slabs = 1; slabs <= a.x[0]; ++slabs) {
     const int64_t slab = ceil_div(a.x[0], slabs), ahead = 2;  // planes of work before the first
-    const int64_t time = ceil_div(columns * slabs, launch.multiprocessors()) * (slab + ahead);
+    const int64_t time = ceil_div(columns * slabs, multiprocessors) * (slab + ahead);
     if (time >= least) continue;
     least = time;
     a.slab = static_cast<int>(slab);
@@ -316,13 +317,13 @@ bool launch_hankel(const Launch& launch, HankelShape a, const T* x, const T* gra
   const int64_t all = a.filters * a.taps();
   float* sums =
       static_cast<float*>(launch.scratch(a.batch * a.parts() * all * int64_t(sizeof(float))));
-  launch(depthwise_hankel<T, QW>, static_cast<unsigned>(columns * a.blocks_d),
+  launch(depthwise_hankel<T, QW>, grid_of(columns * a.blocks_d),
          static_cast<unsigned>(32 * a.groups_h * a.wide * a.segments),
          static_cast<size_t>(a.shared(QW)), a, x, grad, sums);
   unsigned sharers = kHankelSharers;
   while (sharers > a.batch * a.parts()) sharers /= 2;
   const unsigned weights = kHankelSums / sharers;
-  launch(sum_hankel<T>, static_cast<unsigned>(ceil_div(all, weights)), dim3(weights, sharers),
+  launch(sum_hankel<T>, grid_of(ceil_div(all, weights)), dim3(weights, sharers),
          kHankelSums * sizeof(float), a, x, grad, sums, grad_weight);
   return true;
 }

@@ -68,9 +68,9 @@ void launch_grad_weight(const Launch& launch, const Conv3dShape& shape, bool cha
       with(Way::weight_lines, by_weight_lines<T, Launch>))
     return;
   const int64_t blocks = shape.channels * shape.multiplier * shape.taps();
-  launch(depthwise_grad_weight_any<T>, static_cast<unsigned>(blocks), kAnyThreads,
-         kAnyThreads * sizeof(Sum<T>), shape, input_of(shape, channels_last, x),
-         output_of(shape, channels_last, grad), grad_weight);
+  launch(depthwise_grad_weight_any<T>, grid_of(blocks), kAnyThreads, kAnyThreads * sizeof(Sum<T>),
+         shape, input_of(shape, channels_last, x), output_of(shape, channels_last, grad),
+         grad_weight);
 }
 
 }  // namespace device

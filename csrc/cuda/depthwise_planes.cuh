@@ -40,6 +40,11 @@ constexpr int kLines = K > 7   ? 1
                                : 4;
 
 constexpr int kPlanesThreads = 128;  // of a block, at most
+// Blocks that a multiprocessor is to hold, of which follow the registers of a thread.
+template <int K>
+constexpr int kPlanesResident = K == 5   ? 2
+                                : K == 7 ? 3
+                                         : 4;
 
 // Weights of a line of taps, in whole vectors of 4.
 template <int K>
@@ -178,7 +183,7 @@ __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T
 // blockDim is [tile_w / kColumns, tile_h / kLines, channels of a block]; blocks are counted by
 // tiles, then by slabs, then by channels.
 template <class T, int K>
-__global__ void __launch_bounds__(kPlanesThreads)
+__global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<K>)
     depthwise_planes(PlanesShape a, const T* source, const T* weight, const T* bias, T* target) {
   using S = Sum<T>;
   constexpr int kThreadCells = kLines<K> * kColumns;
@@ -356,9 +361,8 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   while (a.copy_bytes > int(sizeof(T)) && !aligned(a.copy_bytes)) a.copy_bytes /= 2;
   const int64_t blocks =
       int64_t(a.tiles_w) * a.tiles_h * a.slabs * phases * ceil_div(a.targets, tile.deep);
-  launch(depthwise_planes<T, K>, static_cast<unsigned>(blocks),
-         dim3(tile.wide, tile.high, tile.deep), tile.deep * shared(tile.wide, tile.high), a, source,
-         weight, bias, target);
+  launch(depthwise_planes<T, K>, grid_of(blocks), dim3(tile.wide, tile.high, tile.deep),
+         tile.deep * shared(tile.wide, tile.high), a, source, weight, bias, target);
 }
 
 // By depthwise_planes, if it can: `target` = activation(source * weight + bias).

@@ -308,7 +308,7 @@ bool by_toeplitz(const Launch& launch, const Conv3dShape& shape, bool channels_l
     const auto run = [&](auto steps, auto tiles, auto planes, auto walk) {
       launch(depthwise_toeplitz<T, decltype(steps)::value, decltype(tiles)::value,
                                 decltype(planes)::value, decltype(walk)::value>,
-             static_cast<unsigned>(a.blocks()), static_cast<unsigned>(32 * a.warps()),
+             grid_of(a.blocks()), static_cast<unsigned>(32 * a.warps()),
              static_cast<size_t>(a.shared(kind)), a, source, weight, bias, target);
     };
     using std::integral_constant;

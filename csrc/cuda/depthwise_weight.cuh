@@ -320,7 +320,7 @@ void launch_slabs(const Launch& launch, const Conv3dShape& shape, const T* x, co
   a.slabs = static_cast<int>(ceil_div(a.grad[0], a.slab));
   const int64_t parts = shape.batch * a.slabs * a.tiles, count = a.filters * shape.taps();
   Sum<T>* partials = take_partials(launch, parts, count, grad_weight);
-  launch(depthwise_weight_slabs<T, K, Unit>, static_cast<unsigned>(blocks * a.slabs),
+  launch(depthwise_weight_slabs<T, K, Unit>, grid_of(blocks * a.slabs),
          dim3(wide, high, deep * kGroups), deep * bytes, a, bytes, x, grad, partials);
   launch_sum_partials(launch, partials, parts, count, grad_weight);
 }

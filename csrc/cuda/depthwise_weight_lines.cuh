@@ -237,7 +237,9 @@ bool launch_lines(const Launch& launch, const Conv3dShape& shape, WeightLinesSha
   a.row_tiles = static_cast<int>(ceil_div(class_rows, threads_h * kLineRows));
   a.rows = static_cast<int>(ceil_div(class_rows, a.row_tiles * threads_h));
   a.x_rows = a.rows * threads_h + Q - 1;
-  a.pitch = (a.columns - 1) * c.stride + (W - 1) * c.dilation + 1;
+  const int64_t pitch = (a.columns - 1) * int64_t(c.stride) + (W - 1) * int64_t(c.dilation) + 1;
+  if (pitch * a.x_rows * sizeof(Sum<T>) > kLineShared) return false;
+  a.pitch = static_cast<int>(pitch);
   const int threads = a.columns * threads_h * groups;
   a.copy_lanes = even_tile(a.pitch, threads < 32 ? threads : 32);
   a.copy_rows = threads / a.copy_lanes;
@@ -254,7 +256,7 @@ bool launch_lines(const Launch& launch, const Conv3dShape& shape, WeightLinesSha
   a.slabs = static_cast<int>(ceil_div(p.grad, a.slab));
   const int64_t parts = shape.batch * tiles * a.slabs, count = int64_t(a.filters) * a.taps;
   Sum<T>* partials = take_partials(launch, parts, count, grad_weight);
-  launch(depthwise_weight_lines<T, Q, W>, static_cast<unsigned>(blocks * a.slabs),
+  launch(depthwise_weight_lines<T, Q, W>, grid_of(blocks * a.slabs),
          dim3(a.columns, threads_h, groups), static_cast<size_t>(bytes), a, x, grad, partials);
   launch_sum_partials(launch, partials, parts, count, grad_weight);
   return true;

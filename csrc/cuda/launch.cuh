@@ -24,6 +24,11 @@ inline bool allows(Way asked, Way own) { return asked == Way::choose || asked ==
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The grid of so many blocks; an empty one, which CudaLaunch refuses, if a GPU cannot count them.
+inline unsigned grid_of(int64_t blocks) {
+  return blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0;
+}
+
 // Threads of a block along W and H, and channels; how long it takes, in a unit of its own.
 struct Tile {
   int wide = 0, high = 0, deep = 0;

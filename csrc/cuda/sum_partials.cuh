@@ -72,7 +72,7 @@ template <class T, class Launch>
 void launch_sum_partials(const Launch& launch, const Sum<T>* partials, int64_t parts, int64_t count,
                          T* results) {
   if (static_cast<const void*>(partials) == results) return;
-  launch(sum_partials<T>, static_cast<unsigned>(ceil_div(count, kPartialResults)),
+  launch(sum_partials<T>, grid_of(ceil_div(count, kPartialResults)),
          dim3(kPartialResults, kPartialThreads), kPartialResults * kPartialThreads * sizeof(Sum<T>),
          partials, parts, count, results);
 }

@@ -44,6 +44,7 @@ _COMPILED = {
     "CPU": (*_PASSES, *(f"{name}_fft" for name in _PASSES), "channel_sum"),
     "CUDA": (*_PASSES, "channel_sum"),
 }
+_FUNCTIONS = ("empty_cache", "cuda_build", "cuda_versions")  # of voxconv._C
 _LEAST_CAPABILITY = (8, 0)
 
 _library = torch.library.Library("voxconv", "FRAGMENT")
@@ -107,14 +108,15 @@ def _load() -> str | None:
     if os.environ.get("VOXCONV_DISABLE_COMPILED", "0") not in ("", "0"):
         return "VOXCONV_DISABLE_COMPILED is set"
     try:
-        importlib.import_module("voxconv._C")
+        library = importlib.import_module("voxconv._C")
     except Exception as error:  # whatever is wrong with it, the package works without
         reason = f"voxconv._C does not load: {error}"
     else:
-        missing = _without_kernel("CPU")
-        if not missing:
+        lacks = [f"CPU kernel for {name}" for name in _without_kernel("CPU")]
+        lacks += [f"function {name}" for name in _FUNCTIONS if not hasattr(library, name)]
+        if not lacks:
             return None
-        reason = f"voxconv._C has no CPU kernel for {', '.join(missing)}"
+        reason = f"voxconv._C is of another version, it has no {', no '.join(lacks)}"
     warnings.warn(f"voxconv runs through torch, slower: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
@@ -182,7 +184,7 @@ def _missing_on_gpu(major: int, minor: int) -> dict[str, str | None]:
         )
     elif (major, minor) < _LEAST_CAPABILITY:
         cuda = f"it needs a GPU of sm_80 or later, and this one is {name}"
-    elif (versions := cuda_versions())[1] // 1000 < versions[0] // 1000:
+    elif 0 < (versions := cuda_versions())[1] // 1000 < versions[0] // 1000:
         runtime, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in versions)
         cuda = (
             f"the compiled part is for CUDA {runtime} and the driver for {driver}: update the "

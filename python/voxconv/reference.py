@@ -64,7 +64,7 @@ def _gather(x: Tensor, axis: int, cells: list[int | None]) -> Tensor:
     live = torch.tensor([cell is not None for cell in cells], device=x.device)
     shape = [1] * x.dim()
     shape[axis] = len(cells)
-    return x.index_select(axis, index) * live.view(shape)
+    return x.index_select(axis, index).masked_fill(~live.view(shape), 0)
 
 
 def _taps(kernel: Triple) -> Iterator[Triple]:
