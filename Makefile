@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# CUDA is compiled where there is an nvcc: for the GPU of this machine, or for one architecture.
+# CUDA is compiled where there is an nvcc: for the GPU of this machine, or for one architecture if
+# there is none that the kernels could run on.
 CUDA_ARCH ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
-  head -n 1),90a)
+  awk '$$1 >= 8 { print $$1; exit }'),90a)
 ALL_CUDA_ARCHS := 80;90a;100+PTX
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=

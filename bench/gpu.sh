@@ -44,14 +44,14 @@ build() {
 export -f build
 export PYTHON
 
-step build 150 bash -c build
-step tests 150 "$PYTHON" -m pytest -q -m "gpu or not gpu" -n 12 tests/test_gpu.py
+step build 120 bash -c build
+step tests 130 "$PYTHON" -m pytest -q -m "gpu or not gpu" -n 12 tests/test_gpu.py
 for tool in memcheck racecheck; do
-  step "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+  step "sanitizer-$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "$PYTHON" bench/gpu_smoke.py
 done
-step probe 30 "$PYTHON" bench/gpu_probe.py --json
-step bench 200 "$PYTHON" bench/gpu_bars.py --json
+step probe 20 "$PYTHON" bench/gpu_probe.py --json
+step bench 175 "$PYTHON" bench/gpu_bars.py --json
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]}"

@@ -17,16 +17,18 @@ _BY_TORCH: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # by the error function
     "silu": F.silu,
 }
+_FUNCTIONS = tuple(_BY_TORCH.values())
+_INDEX = {name: index for index, name in enumerate(_BY_TORCH)}
 ACTIVATIONS = tuple(name for name in _BY_TORCH if name is not None)
 
 
 def activation_index(name: Any) -> int:
     """Its number in the ops; ValueError for an unknown one."""
-    if name is not None and (not isinstance(name, str) or name not in _BY_TORCH):
+    if name is not None and (not isinstance(name, str) or name not in _INDEX):
         raise ValueError(f"activation must be one of {ACTIVATIONS} or None, got {name!r}")
-    return list(_BY_TORCH).index(name)
+    return _INDEX[name]
 
 
 def activate(x: Tensor, index: int) -> Tensor:
     """Apply an activation by torch."""
-    return list(_BY_TORCH.values())[index](x)
+    return _FUNCTIONS[index](x)

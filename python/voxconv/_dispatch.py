@@ -160,30 +160,28 @@ def _better_by_torch(problem: Problem) -> str | None:
 
 def _cpu_kernel(problem: Problem) -> Choice:
     """Which of the compiled kernels and the FFT runs a depthwise pass."""
-    kernel, mode = problem.geometry.kernel, problem.geometry.mode
-    if kernel[0] * kernel[1] * kernel[2] < FFT_MIN_TAPS:
-        return Choice("cpu", "direct", f"the FFT is for {FFT_MIN_TAPS} taps or more, not {kernel}")
-    if mode:
-        return Choice("cpu", "direct", f"the FFT pads with zeros only, not {PADDING_MODES[mode]}")
-    direct, fft = _direct_cost(problem), _fft_cost(problem)
-    if direct < fft:
-        return Choice("cpu", "direct", "fewer operations than by FFT")
-    return Choice("cpu", "fft", "fewer operations than tap by tap")
+    return _direct_or_fft(problem, "cpu", FFT_MIN_TAPS, _fft_cost)
 
 
 def _cuda_kernel(problem: Problem) -> Choice:
     """Which of the compiled kernels and the FFT of torch runs a depthwise pass on a GPU."""
-    kernel, mode, dtype = problem.geometry.kernel, problem.geometry.mode, problem.dtype
-    if dtype not in (torch.float32, torch.float64):
-        return Choice("cuda", "direct", f"the FFT is for float32 and float64, not {dtype}")
-    if kernel[0] * kernel[1] * kernel[2] < CUDA_FFT_MIN_TAPS:
-        taps = f"{CUDA_FFT_MIN_TAPS} taps or more"
-        return Choice("cuda", "direct", f"the FFT is for {taps}, not {kernel}")
+    if problem.dtype not in (torch.float32, torch.float64):
+        reason = f"the FFT is for float32 and float64, not {problem.dtype}"
+        return Choice("cuda", "direct", reason)
+    return _direct_or_fft(problem, "cuda", CUDA_FFT_MIN_TAPS, _cuda_fft_cost)
+
+
+def _direct_or_fft(
+    problem: Problem, backend: str, least: int, fft_cost: Callable[[Problem], int]
+) -> Choice:
+    kernel, mode = problem.geometry.kernel, problem.geometry.mode
+    if kernel[0] * kernel[1] * kernel[2] < least:
+        return Choice(backend, "direct", f"the FFT is for {least} taps or more, not {kernel}")
     if mode:
-        return Choice("cuda", "direct", f"the FFT pads with zeros only, not {PADDING_MODES[mode]}")
-    if _direct_cost(problem) < _cuda_fft_cost(problem):
-        return Choice("cuda", "direct", "fewer operations than by FFT")
-    return Choice("cuda", "fft", "fewer operations than tap by tap")
+        return Choice(backend, "direct", f"the FFT pads with zeros only, not {PADDING_MODES[mode]}")
+    if _direct_cost(problem) < fft_cost(problem):
+        return Choice(backend, "direct", "fewer operations than by FFT")
+    return Choice(backend, "fft", "fewer operations than tap by tap")
 
 
 def _triton_kernel(problem: Problem) -> Choice:

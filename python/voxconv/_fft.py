@@ -26,7 +26,6 @@ from ._layout import empty_in_layout_of
 
 _CHUNK_BYTES = 1 << 28  # of a spectrum: channels are transformed so many at a time
 _AXES = (-3, -2, -1)
-_ACTIVATION_REFUSED = "the FFT has no activation of its own"
 
 Places = tuple[slice, slice, slice]
 
@@ -109,7 +108,7 @@ def depthwise_forward(
 ) -> Tensor:
     """As the op of `voxconv._ops`."""
     if activation:
-        raise NotImplementedError(_ACTIVATION_REFUSED)
+        raise NotImplementedError("the FFT has no activation of its own")
     batch, channels, size, kernel = x.shape[0], x.shape[1], _triple(x), _triple(weight)
     geometry = Geometry(kernel, stride, padding, dilation, padding_mode)
     circle = _Circle(size, geometry)
