@@ -20,9 +20,17 @@ STEP = 30  # instructions of a warp for a step of a walk: barrier, which plane, 
 
 def walk(p: Pass, slab: int) -> tuple[int, int]:
     """Planes of the source that a slab of the target reads, and pairs of these two that meet."""
-    dilation = p.case.dilation[0]
-    planes = min(slab + p.case.kernel[0] - 1, ceil(p.source[0], dilation))
-    return planes, min(slab * p.case.kernel[0], ceil(p.live(0), dilation))
+    KD, dilation = p.case.kernel[0], p.case.dilation[0]
+    planes = min(p.case.stride[0] * (slab - 1) + KD, ceil(p.source[0], dilation))
+    return planes, min(slab * KD, ceil(p.live(0), dilation))
+
+
+def copies(p: Pass, k: Kernel, pitch: int, lines: int, offset: int, steps: int = 1) -> int:
+    """bytes_of_copy of source_tile.cuh: copies of a thread for a tile of a plane."""
+    cells = 16 // p.itemsize
+    while cells > 1 and (steps > 1 or p.source[2] % cells or offset % cells):
+        cells //= 2
+    return ceil(pitch * lines / cells, k.launched.block[0] * k.launched.block[1])
 
 
 def fold(sums: int, rounds: int, groups: int, threads: int) -> float:
@@ -31,30 +39,59 @@ def fold(sums: int, rounds: int, groups: int, threads: int) -> float:
 
 
 def planes(p: Pass, k: Kernel) -> Work:
-    K, step = k.number(1), p.case.dilation
+    _, K, SD, S = map(k.number, range(1, 5))
+    step = p.case.dilation
     wide, high, deep = k.launched.block
-    lines = {3: 4, 5: 4, 7: 2, 9: 1}[K]
+    lines = 1 if K > 7 else 2 if K > 5 or K * S == 10 else 4
     tile_w, tile_h = 4 * wide, lines * high
     own = [ceil(size, by) for size, by in zip(p.target, step, strict=True)]
     tiles = ceil(own[2], tile_w) * ceil(own[1], tile_h) * math.prod(step)
     slab = ceil(own[0], k.blocks // (tiles * ceil(p.targets, deep)))
     steps, pairs = walk(p, slab)
-    # Copies of the widest run that lines begin with; a row of vectors in front.
+    # A row of vectors lies in front of the first cell that is read.
     cells = 16 // p.itemsize
-    pitch = ceil(cells - K // 2 + tile_w + K - 1, cells) * cells
-    while cells > 1 and (
-        step[2] > 1 or p.source[2] % cells or tile_w % cells or (p.before(2) - K // 2) % cells
-    ):
-        cells //= 2
-    plane = pitch * (tile_h + K - 1)
-    copies = ceil(plane / cells, wide * high)
-    read = lines + K - 1  # lines of the source, of 3 vectors each
+    pitch = ceil(cells - K // 2 + S * (tile_w - 1) + K, cells) * cells
+    plane = pitch * (S * (tile_h - 1) + K)
+    offset = math.gcd(S * tile_w, p.before(2) - K // 2)
+    copied = copies(p, k, pitch, plane // pitch, offset, step[2])
+    # Vectors of the source that are read.
+    read = (S * (lines - 1) + K) * ceil((cells - K // 2) % 4 + 3 * S + K, 4)
     taps = pairs * K * ceil(K, 4)  # vectors, by all lanes at once
     fmas = pairs * lines * 4 * K * K
-    each = 3 * read + 16 * copies + 4 * lines * K + STEP + (12 * read if p.halves else 0)
+    moved = 4 * lines * ceil(k.number(1), SD) / SD
+    each = read + 16 * copied + moved + STEP + (4 * read if p.halves else 0)
     copied = deep * plane * p.itemsize / 128 / k.warps
-    wavefronts = taps + steps * (3 * read * (2 if p.halves else 4) + copied)
+    wavefronts = taps + steps * (read * (2 * S if p.halves else 4) + copied)
     return Work(fmas + taps + steps * each + slab * 10 * lines, fmas, wavefronts).times(k.warps)
+
+
+def planes_up(p: Pass, k: Kernel) -> Work:
+    KD, K, SD = map(k.number, range(1, 4))
+    wide, high, deep = k.launched.block
+    lines, back, second = 2 if K == 3 else 1, K // 2, K // 2 % 2
+    before = [p.case.pads[i][0] for i in range(3)]
+    pairs_d, pairs_h = (
+        (before[i] + p.target[i] - 1) // step - before[i] // step + 1
+        for i, step in enumerate((SD, 2))
+    )
+    tiles = ceil(p.target[2], 8 * wide) * ceil(pairs_h, lines * high)
+    slab = ceil(pairs_d, k.blocks // (tiles * ceil(p.targets, deep)))
+    steps = min(slab + (KD - 1) // SD, p.source[0])
+    pairs = min(slab * KD, p.live(0))  # of a plane of the source and one of the target
+    cells = 16 // p.itemsize
+    window = (K - 1 - second) // 2 + 4 + second
+    lead = (cells + (K // 2 - second) // 2 - (K - 1 - second) // 2) % cells
+    pitch = ceil(lead + 4 * (wide - 1) + window, cells) * cells
+    plane = pitch * (lines * high + back)
+    copied = copies(p, k, pitch, lines * high + back, math.gcd(4 * wide, (before[2] - K // 2) // 2))
+    read = (lines + back) * ceil(lead % 4 + window, 4)
+    taps = pairs * lines * K * ceil(K, 4)
+    fmas = pairs * lines * 4 * K * K
+    each = read + 16 * copied + KD * 16 * lines + STEP + (4 * read if p.halves else 0)
+    copied = deep * plane * p.itemsize / 128 / k.warps
+    wavefronts = taps + steps * (read * (2 if p.halves else 4) + copied)
+    issued = fmas + taps + steps * each + slab * SD * 40 * lines
+    return Work(issued, fmas, wavefronts).times(k.warps)
 
 
 class Phases(NamedTuple):
@@ -308,6 +345,7 @@ def partials(p: Pass, k: Kernel) -> Work:
 
 FAMILIES: dict[str, Callable[[Pass, Kernel], Work]] = {
     "depthwise_planes": planes,
+    "depthwise_planes_up": planes_up,
     "depthwise_lines": lines,
     "depthwise_channels_last": channels_last,
     "depthwise_toeplitz": toeplitz,

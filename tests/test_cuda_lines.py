@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels for any geometry, and depthwise_planes with a dilation, run on the CPU."""
+"""The CUDA kernels for any geometry, run on the CPU; and what NaN and infinity reach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cases import Case, select
+from cases import Case, Triple, select
 from cuda_kernels import cuda_kernels
 from testing import HALVES, assert_case, dtype_id, ours, reference
 
@@ -35,13 +35,6 @@ LINES = [
     Case("too_many_runs", size=(1, 2, 4), kernel=(1, 1, 132), padding=(0, 0, 66)),
 ]
 
-PLANES = [
-    Case("dw9", channels=3, size=(4, 5, 6), kernel=(9, 9, 9), padding=(4, 4, 5)),
-    Case("dilation123", size=(8, 9, 12), kernel=(5, 5, 5), dilation=(1, 2, 3), padding=(2, 3, 6)),
-    Case("dilation4", channels=2, size=(9, 10, 11), dilation=(4, 4, 4), padding=4),
-    Case("slabs", size=(23, 4, 5), kernel=(5, 5, 5), padding=2),
-]
-
 
 @pytest.mark.parametrize("case", [*ROWS, *LINES], ids=str)
 def test_lines(case: Case, kernels: ctypes.CDLL) -> None:
@@ -62,12 +55,6 @@ def test_any(case: Case, kernels: ctypes.CDLL) -> None:
         assert_case(case, case.make(), torch.float32, versus_torch=True)
 
 
-@pytest.mark.parametrize("case", PLANES, ids=str)
-def test_planes(case: Case, kernels: ctypes.CDLL) -> None:
-    with cuda_kernels(kernels, "planes"):
-        assert_case(case, case.make(), torch.float32, versus_torch=True)
-
-
 @pytest.mark.parametrize("taps", [40, 80])  # a line each, in 26 and 102 KB of shared memory
 def test_many_taps(taps: int, kernels: ctypes.CDLL) -> None:
     half = taps // 2
@@ -78,12 +65,19 @@ def test_many_taps(taps: int, kernels: ctypes.CDLL) -> None:
     torch.testing.assert_close(y, reference(case, x, weight, bias))
 
 
+WAY_AND_STRIDE = [
+    ("lines", (1, 2, 3)),
+    *(("planes", (d, hw, hw)) for d, hw in [(1, 1), (1, 2), (2, 2)]),
+]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("way", ["lines", "planes"])
-def test_reach_of_one_cell(way: str, value: float, transposed: bool, kernels: ctypes.CDLL) -> None:
+@pytest.mark.parametrize(("way", "stride"), WAY_AND_STRIDE)
+def test_reach_of_one_cell(
+    way: str, stride: Triple, value: float, transposed: bool, kernels: ctypes.CDLL
+) -> None:
     """NaN and infinity come to those outputs alone whose taps meet them, through zeros too."""
-    stride = (1, 1, 1) if way == "planes" else (1, 2, 3)
     case = Case("one_cell", size=(5, 6, 9), kernel=(3, 3, 3), stride=stride, padding=1)
     if transposed:
         case = replace(case, op="transposed")

@@ -28,25 +28,6 @@ def test_rows(case: Case, layout: str, kernels: ctypes.CDLL) -> None:
         assert_case(case, case.make(layout=layout), torch.float32, versus_torch=True)
 
 
-PLANES = [  # of depthwise_planes: several tiles, slabs, channels of a block; all kinds of padding
-    Case("dw3_tiles", channels=1, size=(2, 70, 67), padding=1),
-    Case("dw3_slabs", channels=3, size=(29, 5, 6), padding=((0, 3), (2, 0), (1, 4))),
-    Case("dw3_channels", n=2, channels=20, multiplier=2, size=(3, 3, 4), padding=1),
-    Case("dw5_even", n=2, channels=3, size=(7, 8, 12), kernel=(5, 5, 5), padding=2),
-    Case("dw5_far_padding", channels=1, size=(3, 4, 5), kernel=(5, 5, 5), padding=(7, 5, 6)),
-    Case("dw7_valid", channels=2, size=(8, 9, 11), kernel=(7, 7, 7)),
-    Case("dw7_small", channels=9, size=(3, 3, 3), kernel=(7, 7, 7), padding=3),
-]
-
-
-@pytest.mark.parametrize("case", PLANES, ids=str)
-def test_planes(case: Case, kernels: ctypes.CDLL) -> None:
-    with cuda_kernels(kernels):
-        assert_case(case, case.make(), torch.float32, versus_torch=True)
-    with cuda_kernels(kernels, "planes"):
-        assert_case(case, case.make(torch.bfloat16), torch.bfloat16, versus_torch=True)
-
-
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("case", [c for c in select("smoke") if c in ROWS], ids=str)
 def test_other_dtypes(case: Case, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:

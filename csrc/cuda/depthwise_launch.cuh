@@ -9,6 +9,7 @@
 #include "depthwise_hankel.cuh"
 #include "depthwise_lines.cuh"
 #include "depthwise_planes.cuh"
+#include "depthwise_planes_up.cuh"
 #include "depthwise_toeplitz.cuh"
 #include "depthwise_weight.cuh"
 #include "depthwise_weight_lines.cuh"
@@ -27,6 +28,7 @@ bool by_correlation(const Launch& launch, const Conv3dShape& shape, bool channel
            by(launch, shape, channels_last, backwards, source, weight, bias, activation, target);
   };
   return with(Way::toeplitz, by_toeplitz<T, Launch>) || with(Way::planes, by_planes<T, Launch>) ||
+         with(Way::planes, by_planes_up<T, Launch>) ||
          with(Way::channels, by_channels<T, Launch>) || with(Way::lines, by_lines<T, Launch>);
 }
 

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward and grad_input of stride 1 and zeros, K taps along every axis, NCDHW. They are one
-// correlation: grad_input is that of the gradient with the kernel turned round. With a dilation, a
-// block has every dilation-th destination, which read every dilation-th cell of the source.
+// Forward of zeros, NCDHW, of stride 1 or 2, and grad_input of stride 1, which is the forward pass
+// of the gradient with the kernel turned round. With a dilation, a block has every dilation-th
+// destination, which read every dilation-th cell of the source.
 //
 // A block owns a tile of lines and columns of a few channels, and walks along D through a slab of
 // destination planes. A plane of the source, with the halo of the tile and zeros beyond the volume,
 // is copied to shared memory while the one before it is worked on. A thread owns 4 columns of some
-// lines of K destination planes at a time, which the current plane of the source is the last, ...,
-// the first to reach: a cell read from shared memory is worth up to 4 K^2 multiply-adds, the sums
-// stay in registers, and the planes of the source are read once, but for halos.
+// lines of the destination planes, KD of them with stride 1, which the current plane of the source
+// is the last, ..., the first to reach: a cell read from shared memory is worth up to 4 K KD
+// multiply-adds, the sums stay in registers, and the planes of the source are read once, but for
+// halos.
 //
 // Of a tile of h x w the source is read (1 + (K-1)/h)(1 + (K-1)/w) times, mostly from the second
-// cache; of a slab of n planes K-1 more than n are worked on.
+// cache; of a slab of n planes KD-1 more than n are worked on.
 #pragma once
-#include "launch.cuh"
+#include "source_tile.cuh"
 
 namespace voxconv {
 namespace device {
@@ -21,149 +22,76 @@ namespace device {
 struct PlanesShape {
   int64_t targets;           // batch * channels of the target
   int channels, multiplier;  // of the target, targets that share a source
-  int source[3], target[3];  // sizes
+  int planes;                // of the source
+  int target[3];             // sizes
   int step[3];               // from tap to tap, and from destination to destination of a block
-  int before[3];             // destination o reads source cells o - before + step * k
+  int before[3];             // destination o reads source cells S * o - before + step * k
   int tile_h, tile_w;        // of destinations
   int tiles_h, tiles_w;
   int slab, slabs;  // destination planes of a slab; slabs
   bool turned;      // the kernel is turned round
-  int copy_bytes;   // of a copy to shared memory
   int activation;
+  SourceTile tile;
+  int plane, shared;  // bytes of shared memory: of a plane; of all that is a channel's
 };
 
 // Destinations of a thread: columns, and lines, fewer where the sums would leave no registers.
 constexpr int kColumns = 4;
-template <int K>
-constexpr int kLines = K > 7   ? 1
-                       : K > 5 ? 2
-                               : 4;
+template <class Form>
+constexpr int kLines = Form::K > 7                                    ? 1
+                       : Form::K > 5 || (Form::K == 5 && Form::S > 1) ? 2
+                                                                      : 4;
 
 constexpr int kPlanesThreads = 128;  // of a block, at most
 // Blocks that a multiprocessor is to hold, of which follow the registers of a thread.
-template <int K>
-constexpr int kPlanesResident = K == 5   ? 2
-                                : K == 7 ? 3
-                                         : 4;
+template <class Form>
+constexpr int kPlanesResident = Form::S > 1 && Form::K != 5     ? 3
+                                : Form::K == 5 && Form::KD == 5 ? 2
+                                : Form::K == 5 || Form::K == 7  ? 3
+                                                                : 4;
 
-// Weights of a line of taps, in whole vectors of 4.
-template <int K>
-constexpr int kTapPitch = (K + 3) / 4 * 4;
+// Destination planes that a plane of the source meets: ring r with tap parity + SD * r.
+template <class Form>
+constexpr int kRing = (Form::KD + Form::SD - 1) / Form::SD;
 
-// Planes are copied to shared memory 16 bytes at a time where they can be. So that the cells of a
-// tile with as much padding as is usual, K / 2, begin with such a vector, lines there have so many
-// cells in front of the first that is read.
-template <class T>
-constexpr int kCopyCells = 16 / int(sizeof(T));
-template <int K, class T>
-constexpr int kLead = kCopyCells<T> - K / 2;
+// So that the cells of a tile with as much padding as is usual, K / 2, begin with a whole copy,
+// lines have so many cells in front of the first that is read.
+template <class Form, class T>
+constexpr int kLead = kCopyCells<T> - Form::K / 2;
+template <class Form, class T>
+constexpr bool kSkewed = Form::S == 2 && sizeof(T) == 4;
 
-template <int K, class T>
-VOXCONV_HD constexpr int planes_pitch(int tile_w) {
-  return (kLead<K, T> + tile_w + K - 1 + kCopyCells<T> - 1) / kCopyCells<T> * kCopyCells<T>;
-}
-template <int K>
-VOXCONV_HD constexpr int planes_lines(int tile_h) {
-  return tile_h + K - 1;
-}
-
-// Bytes of shared memory that a channel of a block needs: taps, and two planes.
-template <int K, class T>
-VOXCONV_HD constexpr int planes_shared(int tile_h, int tile_w) {
-  return K * K * kTapPitch<K> * int(sizeof(Sum<T>)) +
-         2 * planes_lines<K>(tile_h) * planes_pitch<K, T>(tile_w) * int(sizeof(T));
-}
-
-// A thread's share of a plane and what lies around the tile, in runs of `cells` cells that it
-// copies to shared memory; the first line and column that the tile reads are (h, w) of the source.
-template <int K, class T>
-class Runs {
- public:
-  __device__ Runs(const PlanesShape& a, int h, int w, int cells)
-      : a_(a), h_(h), w_(w - kLead<K, T> * a.step[2]), pitch_(planes_pitch<K, T>(a.tile_w)) {
-    const int threads = static_cast<int>(blockDim.x * blockDim.y), runs = pitch_ / cells;
-    const int mine = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-    line_ = mine / runs, cell_ = mine % runs * cells;
-    more_lines_ = threads / runs, more_cells_ = threads % runs * cells;
-  }
-  __device__ bool more() const { return line_ < planes_lines<K>(a_.tile_h); }
-  __device__ void advance() {  // without a division
-    line_ += more_lines_, cell_ += more_cells_;
-    if (cell_ >= pitch_) cell_ -= pitch_, ++line_;
-  }
-  __device__ int place() const { return line_ * pitch_ + cell_; }
-  // Its cell in the plane, or -1 where there are zeros.
-  __device__ int source() const {
-    const int h = h_ + line_ * a_.step[1], w = w_ + cell_ * a_.step[2];
-    const bool exists = h >= 0 && h < a_.source[1] && w >= 0 && w < a_.source[2];
-    return exists ? h * a_.source[2] + w : -1;
-  }
-
- private:
-  const PlanesShape& a_;
-  int h_, w_, pitch_, line_, cell_, more_lines_, more_cells_;
-};
-
-template <int K, int Bytes, class T>
-__device__ void copy_runs(const PlanesShape& a, const T* plane, int h, int w, T* to) {
-  for (Runs<K, T> run(a, h, w, Bytes / int(sizeof(T))); run.more(); run.advance()) {
-    const int from = run.source();
-    copy_later<Bytes>(to + run.place(), plane + (from < 0 ? 0 : from), from >= 0);
-  }
-}
-
-// Copies plane `plane` of the source into `to`. Single halves cannot be copied later: they are
-// copied here, a few at a time, so that their loads wait for memory together.
-template <int K, class T>
-__device__ void copy_plane(const PlanesShape& a, const T* plane, int h, int w, T* to) {
-  switch (a.copy_bytes) {
-    case 16: return copy_runs<K, 16>(a, plane, h, w, to);
-    case 8: return copy_runs<K, 8>(a, plane, h, w, to);
-    case 4: return copy_runs<K, 4>(a, plane, h, w, to);
-    default: break;
-  }
-  constexpr int kTogether = 8;
-  for (Runs<K, T> run(a, h, w, 1); run.more();) {
-    T cells[kTogether];
-    int places[kTogether];
-    VOXCONV_UNROLL
-    for (int i = 0; i < kTogether; ++i) {
-      places[i] = run.more() ? run.place() : -1;
-      const int from = run.more() ? run.source() : -1;
-      narrow(cells[i], 0);
-      if (from >= 0) cells[i] = plane[from];
-      run.advance();
-    }
-    VOXCONV_UNROLL
-    for (int i = 0; i < kTogether; ++i)
-      if (places[i] >= 0) to[places[i]] = cells[i];
-  }
-}
-
-// What a plane of the source in shared memory adds to the sums of a thread: sum[kd] is of the plane
-// that reads it with tap kd. Unless kWhole, the block only has those with first <= kd <= last. A
-// line of taps is loaded once for all lines of the thread, and those of the source as they are
-// needed.
-template <int K, bool kWhole, class T>
+// What a plane of the source in shared memory adds to the sums of a thread: sum[r] is of the plane
+// that reads it with tap Parity + SD * r. Unless kWhole, the block only has those with first <= r
+// <= last. A line of taps is loaded once for all lines of the thread, and those of the source as
+// they are needed.
+template <class Form, int Parity, bool kWhole, class T>
 __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T>* taps, int first,
-                                          int last, Sum<T> (&sum)[K][kLines<K>][kColumns]) {
+                                          int last,
+                                          Sum<T> (&sum)[kRing<Form>][kLines<Form>][kColumns]) {
   using S = Sum<T>;
+  constexpr int K = Form::K, kStride = Form::S, kHigh = kLines<Form>;
   // The first cell that is read, from the vector on that holds it.
-  constexpr int kFirst = kLead<K, T> % 4, kVectors = (kFirst + kColumns + K - 1 + 3) / 4;
-  constexpr int kTapVectors = kTapPitch<K> / 4;
-  S x[kLines<K> + K - 1][kVectors][4];
+  constexpr int kFirst = kLead<Form, T> % 4;
+  constexpr int kVectors = (kFirst + kStride * (kColumns - 1) + K + 3) / 4;
+  constexpr int kTapVectors = kTapPitch<K> / 4, kBegin = kStride * (kHigh - 1) + 1;
+  // Where a window goes on behind a gap of the line.
+  const int gap = kSkewed<Form, T> && threadIdx.x % 4 == 3 ? 4 : 0;
+  S x[kBegin + K - 1][kVectors][4];
   const auto load_line = [&](int line) {
     VOXCONV_UNROLL
-    for (int i = 0; i < kVectors; ++i) load_four(cells + line * pitch + 4 * i, x[line][i]);
+    for (int i = 0; i < kVectors; ++i)
+      load_four(cells + line * pitch + 4 * i + (i >= 2 ? gap : 0), x[line][i]);
   };
   VOXCONV_UNROLL
-  for (int line = 0; line < kLines<K>; ++line) load_line(line);
+  for (int line = 0; line < kBegin; ++line) load_line(line);
   VOXCONV_UNROLL
   for (int kh = 0; kh < K; ++kh) {
-    if (kh + 1 < K) load_line(kLines<K> + kh);  // of the next kh
+    if (kh + 1 < K) load_line(kBegin + kh);  // of the next kh
     VOXCONV_UNROLL
-    for (int kd = 0; kd < K; ++kd) {
-      if (!kWhole && (kd < first || kd > last)) continue;
+    for (int r = 0; r < kRing<Form>; ++r) {
+      const int kd = Parity + Form::SD * r;
+      if (kd >= Form::KD || (!kWhole && (r < first || r > last))) continue;
       S tap[kTapVectors][4];
       VOXCONV_UNROLL
       for (int i = 0; i < kTapVectors; ++i)
@@ -171,9 +99,9 @@ __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T
       VOXCONV_UNROLL
       for (int kw = 0; kw < K; ++kw) {
         VOXCONV_UNROLL
-        for (int i = 0; i < kLines<K> * kColumns; ++i) {
-          const int h = i / kColumns, w = i % kColumns, cell = kFirst + w + kw;
-          sum[kd][h][w] += x[h + kh][cell / 4][cell % 4] * tap[kw / 4][kw % 4];
+        for (int i = 0; i < kHigh * kColumns; ++i) {
+          const int h = i / kColumns, w = i % kColumns, cell = kFirst + kStride * w + kw;
+          sum[r][h][w] += x[kStride * h + kh][cell / 4][cell % 4] * tap[kw / 4][kw % 4];
         }
       }
     }
@@ -182,11 +110,13 @@ __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T
 
 // blockDim is [tile_w / kColumns, tile_h / kLines, channels of a block]; blocks are counted by
 // tiles, then by slabs, then by channels.
-template <class T, int K>
-__global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<K>)
+template <class T, int KD, int K, int SD, int S_>
+__global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<Stencil<KD, K, SD, S_>>)
     depthwise_planes(PlanesShape a, const T* source, const T* weight, const T* bias, T* target) {
   using S = Sum<T>;
-  constexpr int kThreadCells = kLines<K> * kColumns;
+  using Form = Stencil<KD, K, SD, S_>;
+  constexpr int kHigh = kLines<Form>, kPlanes = kRing<Form>, kThreadCells = kHigh * kColumns;
+  static_assert((KD - 1) % SD == 0, "the first tap along D and the last fall together");
   int rest = static_cast<int>(blockIdx.x);
   const auto part = [&](int parts) {
     const int i = rest % parts;
@@ -202,45 +132,50 @@ __global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<K>)
   const int64_t number = static_cast<int64_t>(rest) * blockDim.z + threadIdx.z;
   const bool exists = number < a.targets;
   const int64_t at = exists ? number : a.targets - 1;  // of the last block: works in vain
-  const int64_t source_plane = int64_t(a.source[1]) * a.source[2];
+  const int64_t source_plane = int64_t(a.tile.size[0]) * a.tile.size[1];
   const int64_t target_plane = int64_t(a.target[1]) * a.target[2];
   const int channel = static_cast<int>(at % a.channels);
-  const T* from = source + at / a.multiplier * (a.source[0] * source_plane);
+  const T* from = source + at / a.multiplier * (a.planes * source_plane);
   T* to = target + at * (a.target[0] * target_plane);
 
-  auto* own = shared_memory<char>() + threadIdx.z * planes_shared<K, T>(a.tile_h, a.tile_w);
+  auto* own = shared_memory<char>() + threadIdx.z * a.shared;
   S* taps = reinterpret_cast<S*>(own);
-  T* planes = reinterpret_cast<T*>(taps + K * K * kTapPitch<K>);
-  const int pitch = planes_pitch<K, T>(a.tile_w), plane_size = planes_lines<K>(a.tile_h) * pitch;
-  const int threads = static_cast<int>(blockDim.x * blockDim.y);
-  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < K * K * kTapPitch<K>;
-       i += threads) {
-    const int tap = i / kTapPitch<K> * K + i % kTapPitch<K>;
-    const bool padding = i % kTapPitch<K> >= K;
-    const T* filter = weight + channel * int64_t(K * K * K);
-    taps[i] = padding ? S(0) : widen(filter[a.turned ? K * K * K - 1 - tap : tap]);
-  }
+  T* planes = reinterpret_cast<T*>(taps + KD * K * kTapPitch<K>);
+  copy_taps<Form>(weight + channel * int64_t(KD * K * K), a.turned, taps);
 
   const S start = bias ? widen(bias[channel]) : S(0);
-  S sum[K][kLines<K>][kColumns];
+  S sum[kPlanes][kHigh][kColumns];
   VOXCONV_UNROLL
-  for (int kd = 0; kd < K; ++kd) {
+  for (int r = 0; r < kPlanes; ++r) {
     VOXCONV_UNROLL
-    for (int i = 0; i < kThreadCells; ++i) sum[kd][i / kColumns][i % kColumns] = start;
+    for (int i = 0; i < kThreadCells; ++i) sum[r][i / kColumns][i % kColumns] = start;
   }
 
-  const int first_cell = static_cast<int>(threadIdx.y) * kLines<K> * pitch +
-                         static_cast<int>(threadIdx.x) * kColumns + kLead<K, T> / 4 * 4;
-  const int steps = last - first + K - 1;
+  const int first_cell = static_cast<int>(threadIdx.y) * kHigh * S_ * a.tile.pitch +
+                         place_of<kSkewed<Form, T>>(static_cast<int>(threadIdx.x) * kColumns * S_ +
+                                                    kLead<Form, T> / 4 * 4);
+  const int steps = SD * (last - first - 1) + KD;
   const auto plane_at = [&](int step) {
-    return begin_d - a.before[0] + a.step[0] * (first + step);
+    return begin_d - a.before[0] + a.step[0] * (SD * first + step);
   };
   const auto copy = [&](int step) {
     const int plane = plane_at(step);
-    if (step < steps && plane >= 0 && plane < a.source[0])
-      copy_plane<K>(a, from + plane * source_plane, begin_h - a.before[1] + a.step[1] * h,
-                    begin_w - a.before[2] + a.step[2] * w, planes + step % 2 * plane_size);
+    if (step < steps && plane >= 0 && plane < a.planes)
+      copy_tile<kSkewed<Form, T>>(a.tile, from + plane * source_plane,
+                                  begin_h - a.before[1] + a.step[1] * S_ * h,
+                                  begin_w - a.before[2] + a.step[2] * (S_ * w - kLead<Form, T>),
+                                  planes + step % 2 * a.plane);
     commit_copies();
+  };
+  // Parity and kRing of a plane; see add_plane.
+  const auto add = [&](auto parity, int step) {
+    const T* cells = planes + step % 2 * a.plane + first_cell;
+    const int newest = step / SD, least = newest - (last - first - 1);
+    if (least <= 0 && newest >= kPlanes - 1)
+      add_plane<Form, decltype(parity)::value, true>(cells, a.tile.pitch, taps, 0, 0, sum);
+    else
+      add_plane<Form, decltype(parity)::value, false>(cells, a.tile.pitch, taps, least, newest,
+                                                      sum);
   };
   copy(0);
   for (int step = 0; step < steps; ++step) {
@@ -248,35 +183,33 @@ __global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<K>)
     __syncthreads();  // the copies of all threads are there, and nobody reads the other plane
     copy(step + 1);
     const int plane = plane_at(step);
-    if (plane >= 0 && plane < a.source[0]) {
-      const T* cells = planes + step % 2 * plane_size + first_cell;
-      const int least =
-          step - (last - first - 1);  // tap along D with which the last plane reads it
-      if (least <= 0 && step >= K - 1)
-        add_plane<K, true>(cells, pitch, taps, 0, K - 1, sum);
+    if (plane >= 0 && plane < a.planes) {
+      if (SD == 1 || step % SD == 0)
+        add(std::integral_constant<int, 0>{}, step);
       else
-        add_plane<K, false>(cells, pitch, taps, least, step, sum);
+        add(std::integral_constant<int, SD - 1>{}, step);
     }
     // The plane that reads this one with its last tap has all it needs.
-    const int d = first + step - (K - 1);
-    if (d >= first && exists) {
+    const int d = first + step / SD - (kPlanes - 1);
+    if (step % SD == 0 && d >= first && exists) {
       VOXCONV_UNROLL
-      for (int i = 0; i < kLines<K>; ++i) {
-        const int q_h = h + static_cast<int>(threadIdx.y) * kLines<K> + i;
+      for (int i = 0; i < kHigh; ++i) {
+        const int q_h = h + static_cast<int>(threadIdx.y) * kHigh + i;
         const int q_w = w + static_cast<int>(threadIdx.x) * kColumns;
         const int row = begin_h + a.step[1] * q_h, column = begin_w + a.step[2] * q_w;
         if (row < a.target[1])
           store_four(
               to + (begin_d + a.step[0] * d) * target_plane + row * int64_t(a.target[2]) + column,
-              sum[K - 1][i], a.activation, (a.target[2] - column + a.step[2] - 1) / a.step[2],
+              sum[kPlanes - 1][i], a.activation, (a.target[2] - column + a.step[2] - 1) / a.step[2],
               a.step[2] == 1 && a.target[2] % 4 == 0, a.step[2]);
       }
     }
+    if (step % SD != SD - 1) continue;
     VOXCONV_UNROLL
-    for (int kd = K - 1; kd > 0; --kd) {
+    for (int r = kPlanes - 1; r > 0; --r) {
       VOXCONV_UNROLL
       for (int i = 0; i < kThreadCells; ++i)
-        sum[kd][i / kColumns][i % kColumns] = sum[kd - 1][i / kColumns][i % kColumns];
+        sum[r][i / kColumns][i % kColumns] = sum[r - 1][i / kColumns][i % kColumns];
     }
     VOXCONV_UNROLL
     for (int i = 0; i < kThreadCells; ++i) sum[0][i / kColumns][i % kColumns] = start;
@@ -291,46 +224,56 @@ constexpr size_t kPlanesShared = 48 << 10;
 // A plane of the source that a slab shares with the next takes this part of one of its own.
 constexpr double kPlanesEnds = 0.2;
 
-// Whether depthwise_planes can do a pass, if it has as many taps, and had better.
+// Whether depthwise_planes can do a pass, if it has its stencil, and had better.
 inline bool planes_suit(const Conv3dShape& shape, bool channels_last, bool backwards) {
   constexpr int64_t kMostDilation = 16;
   const Axis* axis = shape.axis;
+  const bool strided = axis[2].stride > 1;
   if (channels_last || shape.mode != kZeros) return false;
-  if (backwards && shape.multiplier != 1) return false;
+  if (backwards && (shape.multiplier != 1 || strided)) return false;
   for (int i = 0; i < 3; ++i)
-    if (axis[i].kernel != axis[0].kernel || axis[i].stride != 1 ||
-        axis[i].dilation > kMostDilation ||
+    if (axis[i].dilation > (strided ? 1 : kMostDilation) ||
         axis[i].in + axis[i].before + axis[i].after > INT32_MAX / 2)
       return false;
   if (axis[1].in * axis[2].in > INT32_MAX || axis[1].out * axis[2].out > INT32_MAX) return false;
   // The columns of a block then lie apart, which costs bandwidth; depthwise_lines has them
   // together.
   const bool apart = axis[2].dilation == 2 || axis[2].dilation == 3;
-  return !(apart && axis[0].kernel == 3);
+  return !(apart && axis[2].kernel == 3);
 }
 
-template <int K, class T, class Launch>
+template <class Form, class T, class Launch>
 void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backwards, const T* source,
                    const T* weight, const T* bias, int activation, T* target) {
+  constexpr int KD = Form::KD, K = Form::K, SD = Form::SD, S = Form::S, kHigh = kLines<Form>;
   PlanesShape a;
   a.multiplier = static_cast<int>(backwards ? 1 : shape.multiplier);
   a.channels = static_cast<int>(shape.channels * shape.multiplier);
   a.targets = shape.batch * a.channels;
   a.turned = backwards;
   a.activation = activation;
+  int size[3];
   for (int i = 0; i < 3; ++i) {
     const Axis& axis = shape.axis[i];
-    a.source[i] = static_cast<int>(backwards ? axis.out : axis.in);
+    size[i] = static_cast<int>(backwards ? axis.out : axis.in);
     a.target[i] = static_cast<int>(backwards ? axis.in : axis.out);
     a.step[i] = static_cast<int>(axis.dilation);
     a.before[i] = static_cast<int>(backwards ? axis.reach() - axis.before : axis.before);
   }
+  a.planes = size[0];
+  a.tile = SourceTile{{size[1], size[2]}, {a.step[1], a.step[2]}};
   const auto own = [&](int i, int cells) {  // threads, of the destinations that a block may have
     return ceil_div(ceil_div(a.target[i], a.step[i]), cells);
   };
-  const auto shared = [](int64_t wide, int64_t high) -> size_t {
-    return planes_shared<K, T>(static_cast<int>(high) * kLines<K>,
-                               static_cast<int>(wide) * kColumns);
+  const auto shared = [&](int64_t wide, int64_t high) -> size_t {
+    constexpr int kCells = kCopyCells<T>;
+    const int read = kLead<Form, T> + S * (static_cast<int>(wide) * kColumns - 1) + K;
+    a.tile.lines = S * (static_cast<int>(high) * kHigh - 1) + K;
+    a.tile.cells = (read + kCells - 1) / kCells * kCells;
+    a.tile.pitch = (place_of<kSkewed<Form, T>>(a.tile.cells) + kCells - 1) / kCells * kCells;
+    a.plane = a.tile.lines * a.tile.pitch;
+    a.shared = KD * K * kTapPitch<K> * int(sizeof(Sum<T>)) + 2 * a.plane * int(sizeof(T));
+    return a.shared;
   };
   const int64_t depth = own(0, 1), phases = int64_t(a.step[0]) * a.step[1] * a.step[2];
   Tile tile;
@@ -338,9 +281,9 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   for (int64_t slabs = 1; slabs <= depth; slabs += ceil_div(slabs, 3)) {
     const int64_t slab = ceil_div(depth, slabs);
     const Tile found =
-        best_tile(own(2, kColumns), own(1, kLines<K>), a.targets, phases * slabs, kPlanesWide,
-                  kPlanesThreads, double(K - 1) / kLines<K>, kPlanesShared, shared);
-    const double cost = found.cost * (slab + kPlanesEnds * (K - 1));
+        best_tile(own(2, kColumns), own(1, kHigh), a.targets, phases * slabs, kPlanesWide,
+                  kPlanesThreads, double(K - S) / (S * kHigh), kPlanesShared, shared);
+    const double cost = found.cost * (slab + kPlanesEnds * (KD - 1) / SD);
     if (least != 0 && cost >= least) continue;
     least = cost;
     tile = found;
@@ -348,42 +291,36 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
   }
   a.slabs = static_cast<int>(ceil_div(depth, a.slab));
   a.tile_w = tile.wide * kColumns;
-  a.tile_h = tile.high * kLines<K>;
+  a.tile_h = tile.high * kHigh;
   a.tiles_w = static_cast<int>(ceil_div(own(2, 1), a.tile_w));
   a.tiles_h = static_cast<int>(ceil_div(own(1, 1), a.tile_h));
-  // Copies are as wide as lines, and where tiles begin in them, are aligned.
-  a.copy_bytes = 16;
-  const auto aligned = [&](int bytes) {
-    const int cells = bytes / int(sizeof(T));
-    return a.step[2] == 1 && a.source[2] % cells == 0 && a.tile_w % cells == 0 &&
-           (a.before[2] - K / 2) % cells == 0 && reinterpret_cast<uintptr_t>(source) % bytes == 0;
-  };
-  while (a.copy_bytes > int(sizeof(T)) && !aligned(a.copy_bytes)) a.copy_bytes /= 2;
+  const size_t bytes = tile.deep * shared(tile.wide, tile.high);
+  a.tile.copy_bytes = bytes_of_copy(a.tile, S * a.tile_w, a.before[2] - K / 2, source);
   const int64_t blocks =
       int64_t(a.tiles_w) * a.tiles_h * a.slabs * phases * ceil_div(a.targets, tile.deep);
-  launch(depthwise_planes<T, K>, grid_of(blocks), dim3(tile.wide, tile.high, tile.deep),
-         tile.deep * shared(tile.wide, tile.high), a, source, weight, bias, target);
+  launch(depthwise_planes<T, KD, K, SD, S>, grid_of(blocks), dim3(tile.wide, tile.high, tile.deep),
+         bytes, a, source, weight, bias, target);
 }
+
+// What there is a kernel for: taps along D, along H and W, and the strides of these.
+using PlanesStencils =
+    StencilList<Stencil<3, 3, 1, 1>, Stencil<5, 5, 1, 1>, Stencil<7, 7, 1, 1>, Stencil<9, 9, 1, 1>,
+                Stencil<3, 5, 1, 1>, Stencil<3, 3, 2, 2>, Stencil<5, 5, 2, 2>, Stencil<7, 7, 2, 2>,
+                Stencil<3, 3, 1, 2>, Stencil<5, 5, 1, 2>>;
 
 // By depthwise_planes, if it can: `target` = activation(source * weight + bias).
 template <class T, class Launch>
 bool by_planes(const Launch& launch, const Conv3dShape& shape, bool channels_last, bool backwards,
                const T* source, const T* weight, const T* bias, int activation, T* target) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (!planes_suit(shape, channels_last, backwards)) return false;
-    const auto run = [&](auto k) {
-      launch_planes<decltype(k)::value>(launch, shape, backwards, source, weight, bias, activation,
-                                        target);
-    };
-    switch (shape.axis[0].kernel) {
-      case 3: run(std::integral_constant<int, 3>{}); return true;
-      case 5: run(std::integral_constant<int, 5>{}); return true;
-      case 7: run(std::integral_constant<int, 7>{}); return true;
-      case 9: run(std::integral_constant<int, 9>{}); return true;
-      default: break;
-    }
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    return planes_suit(shape, channels_last, backwards) &&
+           with_stencil(PlanesStencils{}, shape, [&](auto form) {
+             launch_planes<decltype(form)>(launch, shape, backwards, source, weight, bias,
+                                           activation, target);
+           });
   }
-  return false;
 }
 
 }  // namespace device
