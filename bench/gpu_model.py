@@ -42,7 +42,7 @@ def planes(p: Pass, k: Kernel) -> Work:
     _, K, SD, S = map(k.number, range(1, 5))
     step = p.case.dilation
     wide, high, deep = k.launched.block
-    lines = 1 if K > 7 else 2 if K > 5 or K * S == 10 else 4
+    lines = 1 if K > 7 else 2 if K > 5 or S > 1 else 4
     tile_w, tile_h = 4 * wide, lines * high
     own = [ceil(size, by) for size, by in zip(p.target, step, strict=True)]
     tiles = ceil(own[2], tile_w) * ceil(own[1], tile_h) * math.prod(step)

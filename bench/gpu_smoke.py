@@ -20,6 +20,18 @@ ROWS = [
         Case(f"dw{k}", n=2, channels=3, size=(6, 9, 20), kernel=(k,) * 3, padding=k // 2)
         for k in (3, 5, 7, 9, 21)
     ),
+    *(
+        Case(
+            f"dw{k}_stride{d}22",
+            channels=3,
+            size=(6, 9, 20),
+            kernel=(k,) * 3,
+            stride=(d, 2, 2),
+            padding=k // 2,
+        )
+        for k, d in ((3, 2), (5, 2), (7, 2), (3, 1), (5, 1))
+    ),
+    Case("dw355", channels=3, size=(6, 9, 20), kernel=(3, 5, 5), padding=(0, 2, 2)),
 ]
 
 

@@ -35,7 +35,8 @@ PLANES = [  # several tiles, slabs, channels of a block; all kinds of padding
 STRIDED = [
     Case("s2_dw3", channels=2, size=(6, 8, 16), stride=TWO, padding=1),
     Case("s2_dw3_tiles", size=(3, 75, 141), stride=TWO, padding=(1, 0, 1)),
-    Case("s2_dw3_slabs", n=2, channels=5, size=(41, 5, 7), stride=TWO, padding=((0, 3), (2, 0), (3, 1))),
+    Case("s2_dw3_slabs", n=2, channels=5, size=(41, 5, 7), stride=TWO,
+         padding=((0, 3), (2, 0), (3, 1))),
     Case("s2_dw3_multiplier", channels=4, multiplier=3, size=(5, 6, 8), stride=TWO, padding=1),
     Case("s2_dw3_valid", channels=3, size=(7, 8, 9), stride=TWO),
     Case("s2_dw5", channels=3, size=(8, 8, 24), kernel=FIVE, stride=TWO, padding=2),

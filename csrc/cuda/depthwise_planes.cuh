@@ -38,17 +38,16 @@ struct PlanesShape {
 // Destinations of a thread: columns, and lines, fewer where the sums would leave no registers.
 constexpr int kColumns = 4;
 template <class Form>
-constexpr int kLines = Form::K > 7                                    ? 1
-                       : Form::K > 5 || (Form::K == 5 && Form::S > 1) ? 2
-                                                                      : 4;
+constexpr int kLines = Form::K > 7                  ? 1
+                       : Form::K > 5 || Form::S > 1 ? 2
+                                                    : 4;
 
 constexpr int kPlanesThreads = 128;  // of a block, at most
 // Blocks that a multiprocessor is to hold, of which follow the registers of a thread.
 template <class Form>
-constexpr int kPlanesResident = Form::S > 1 && Form::K != 5     ? 3
-                                : Form::K == 5 && Form::KD == 5 ? 2
-                                : Form::K == 5 || Form::K == 7  ? 3
-                                                                : 4;
+constexpr int kPlanesResident = Form::K == 5 && Form::KD == 5 && Form::S == 1    ? 2
+                                : Form::K == 7 || (Form::K == 5 && Form::S == 1) ? 3
+                                                                                 : 4;
 
 // Destination planes that a plane of the source meets: ring r with tap parity + SD * r.
 template <class Form>
