@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels: values by Triton's interpreter, and machine code for GPUs that are not there.
 
-The interpreter runs every operation of every program as Python, so these problems are tiny.
+The interpreter runs every operation as Python (see triton_on_cpu.py), so that problems are small.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from testing import (
 )
 
 pytest.importorskip("triton")
+import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 from voxconv.triton_kernels import depthwise
 
 from triton_on_cpu import interpreted, triton_passes
@@ -71,6 +73,39 @@ SLABS = [
 ]
 BY_NAME = {case.name: case for case in PLANES + ANY + SLABS}
 LAST = ("lines", "channels", "multiplier", "march_on_lattices", "reflect", "many_taps", "up_phases")
+
+TABLE = select("smoke", "odd", "edge")
+
+
+def _steps(case: Case) -> int:
+    """What the interpreter's time goes with: taps that are walked through, plane by plane."""
+    return (case.size[0] + case.out_size[0]) * case.taps
+
+
+QUICK = [case for case in TABLE if "smoke" in case.tags or _steps(case) <= 1000]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_table(case: Case, layout: str) -> None:
+    with triton_passes():
+        assert_case(case, case.make(layout=layout), torch.float32, versus_torch=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in TABLE if case not in QUICK], ids=str)
+def test_rest_of_the_table(case: Case, layout: str) -> None:
+    test_table(case, layout)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in TABLE if "fft" not in case.tags], ids=str)
+def test_table_in_bfloat16(case: Case, layout: str) -> None:
+    tensors = case.make(torch.bfloat16, layout=layout)
+    with triton_passes():
+        assert_case(case, tensors, torch.bfloat16, versus_torch=True)
 
 
 @pytest.mark.parametrize("case", PLANES + ANY, ids=str)
@@ -223,6 +258,51 @@ def test_without_triton() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "Triton is not installed: pip install triton\n", run.stderr
+
+
+@triton.jit
+def _copy(p_from, p_to, i_from, i_to, limit, CELLS: tl.constexpr):
+    o = tl.arange(0, CELLS)
+    b = tl.load(p_from + i_from + o, mask=i_from + o < limit, other=-1.0)
+    tl.store(p_to + i_to + o, b, mask=i_to + o < limit)
+
+
+@pytest.mark.parametrize(
+    ("i_from", "i_to", "limit", "good"),
+    [(0, 0, 8, True), (3, 5, 8, True), (1, 0, 9, False), (-1, 0, 8, False), (0, 1, 9, False),
+     (0, -1, 8, False)],
+)  # fmt: skip
+def test_accesses_outside_are_seen(i_from: int, i_to: int, limit: int, good: bool) -> None:
+    around, to = torch.arange(24.0), torch.zeros(24)
+    arguments = (around[8:16], to[8:16], i_from, i_to, limit, 8)
+    with interpreted():
+        if good:
+            _copy[(1,)](*arguments)
+            expected = [8.0 + i_from + i if i_from + i < 8 else -1.0 for i in range(8 - i_to)]
+            assert to.tolist() == [0.0] * (8 + i_to) + expected + [0.0] * 8
+        else:
+            with pytest.raises(InterpreterError, match="outside of the tensors"):
+                _copy[(1,)](*arguments)
+
+
+@triton.jit
+def _parting(p_y, CELLS: tl.constexpr):
+    i_program = tl.program_id(0)
+    total = i_program * 0
+    for i in range(i_program % 3):
+        total += i + 1
+        if i_program >= 4:
+            total += 10 * i_program
+    o = tl.arange(0, CELLS)
+    tl.store(p_y + i_program * CELLS + o, total + tl.sum(o * i_program, 0))
+
+
+def test_programs_go_their_own_ways() -> None:
+    y = torch.zeros(7, 4, dtype=torch.int32)
+    with interpreted():
+        _parting[(7,)](y, 4)
+    for i, row in enumerate(y.tolist()):
+        assert row == [sum(j + 1 + 10 * i * (i >= 4) for j in range(i % 3)) + 6 * i] * 4
 
 
 def _compiled(arch: int, rows: list[str]) -> list[dict[str, Any]]:
