@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from voxconv.triton_kernels import depthwise_plan as plan
 
-from cases import CHANNELS_LAST, LAYOUTS, MODES, NCDHW, Case, Tensors, select
+from cases import CHANNELS_LAST, LAYOUTS, MODES, NCDHW, Case, Tensors, scaled_down, select
 from testing import (
     DTYPES,
     all_passes,
@@ -74,7 +74,8 @@ SLABS = [
 BY_NAME = {case.name: case for case in PLANES + ANY + SLABS}
 LAST = ("lines", "channels", "multiplier", "march_on_lattices", "reflect", "many_taps", "up_phases")
 
-TABLE = select("smoke", "odd", "edge")
+LAYERS = [case for case in scaled_down("model", "bar") if "fft" not in case.tags]  # of models
+TABLE = [*select("smoke", "odd", "edge"), *LAYERS]
 
 
 def _steps(case: Case) -> int:
@@ -82,7 +83,7 @@ def _steps(case: Case) -> int:
     return (case.size[0] + case.out_size[0]) * case.taps
 
 
-QUICK = [case for case in TABLE if "smoke" in case.tags or _steps(case) <= 1000]
+QUICK = [case for case in TABLE if "smoke" in case.tags or _steps(case) <= 600]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
