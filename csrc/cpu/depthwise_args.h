@@ -145,8 +145,8 @@ struct PassTensors {
   const void* weight;  // [channels * gather, taps], contiguous
   const void* bias;    // [channels] or null
   Activation activation;
-  void* partial;       // of grad_weight
-  int64_t pairs;       // batch * channels
+  void* partial;  // of grad_weight
+  int64_t pairs;  // batch * channels
   int64_t channels, divide, gather;
 
   int64_t source_channel(int64_t c) const { return (divide == 1 ? c : c / divide) * gather; }

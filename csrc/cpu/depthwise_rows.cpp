@@ -262,8 +262,7 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
 }
 
 void run_rows(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,
-              const Tensor& weight, const void* bias, Activation activation,
-              Tensor& target) {
+              const Tensor& weight, const void* bias, Activation activation, Tensor& target) {
   const RowsKernels& kernels = rows_kernels(element_of(source));
   RowsPass rows = plan_pass(form, shape, pass, source, target, kernels);
   RowsArgs& a = rows.args;

@@ -27,8 +27,8 @@ struct SpectralOperand {
   int64_t column() const { return size[0] * (size[1] + 1); }
 };
 
-// result = a * b, circular along every axis, or the sum of that over steps; then comes the bias, and
-// then the activation.
+// result = a * b, circular along every axis, or the sum of that over steps; then come the bias and
+// the activation.
 //
 // Axes are transformed in the order w, h, d, and back. Along w, where the elements are real, only
 // columns 0 .. N / 2 of the spectrum are kept. Of planes and rows that hold no element of an
