@@ -78,3 +78,17 @@ def test_ways(way: str) -> None:
     the same once more, by each wherever it can do a pass."""
     files = ("test_properties.py", "test_edges.py")
     assert "passed" in _run_tests(files, "any or field_only", VOXCONV_CPU_WAY=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_have_activations(way: str) -> None:
+    chosen = "cpu_kernels and direct and gelu"
+    assert "passed" in _run_tests(("test_activation.py",), chosen, VOXCONV_CPU_WAY=way)
+
+
+@several_levels
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_lower_levels_have_activations(level: str) -> None:
+    chosen = "cpu and (gelu or silu)"
+    assert "passed" in _run_tests(("test_activation.py",), chosen, VOXCONV_CPU_LEVEL=level)

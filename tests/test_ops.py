@@ -75,6 +75,12 @@ def test_opcheck_without_elements(op: str) -> None:
     )
 
 
+@pytest.mark.parametrize("op", ["depthwise_forward", "depthwise_forward_fft"])
+def test_opcheck_with_an_activation(op: str) -> None:
+    arguments = _arguments(OP_CASES[0], op, torch.float32)
+    torch.library.opcheck(getattr(torch.ops.voxconv, op).default, (*arguments, 3))
+
+
 def _compiled(case: Case, backend: Any, dynamic: bool) -> Callable[..., torch.Tensor]:
     @torch.compile(fullgraph=True, backend=backend, dynamic=dynamic)
     def compiled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

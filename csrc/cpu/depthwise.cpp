@@ -150,17 +150,18 @@ LaneMap make_lanes(const Tensor& tensor, int64_t batch, int64_t channels, int64_
   return {batch, channels, lanes, is_channels_last_3d(tensor)};
 }
 
-// Runs one of the two directions: `target` = bias + source * weight.
+// Runs one of the two directions: `target` = activation(bias + source * weight).
 void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
-                   const std::optional<Tensor>& bias, Tensor& target) {
+                   const std::optional<Tensor>& bias, Activation activation, Tensor& target) {
   if (target.numel() == 0) return;
   const DepthwiseKernels& staged = depthwise_kernels(element_of(source));
   const LaneMap map = make_lanes(source, shape.batch, target.size(1), staged.lanes);
   const void* start = bias ? bias->data_ptr() : nullptr;
   if (flat_suits(shape, map, pass, source, target))
-    return run_flat(shape, pass, source, weight, start, target);
+    return run_flat(shape, pass, source, weight, start, activation, target);
   const RowsForm form = rows_form(shape, map, pass, source, target);
-  if (form != RowsForm::none) return run_rows(form, shape, pass, source, weight, start, target);
+  if (form != RowsForm::none)
+    return run_rows(form, shape, pass, source, weight, start, activation, target);
   const bool backwards = pass == Pass::grad_input;
   const DepthwiseKernels* in_place = in_place_kernels(shape, map, pass, source, target);
   const DepthwiseKernels& kernels = in_place ? *in_place : staged;
@@ -172,6 +173,7 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
   a.target = strided(target);
   a.weight = weight.data_ptr();
   a.bias = start;
+  a.activation = activation;
   a.divide = backwards ? 1 : shape.multiplier;
   a.gather = backwards ? shape.multiplier : 1;
   a.map = map;
@@ -200,7 +202,7 @@ void run_correlate(const Conv3dShape& shape, Pass pass, const Tensor& source, co
 Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                          const Ints& stride, const Ints& padding, const Ints& dilation,
                          int64_t mode, int64_t activation) {
-  check_no_activation(activation);
+  const Activation then = checked_activation(activation);
   const Conv3dShape shape = forward_shape(x, weight, stride, padding, dilation, mode);
   if (const Cropped crop(shape); crop.smaller)
     return depthwise_forward(x, crop.of(contiguous(weight)), bias, stride, crop.padding, dilation,
@@ -208,7 +210,8 @@ Tensor depthwise_forward(const Tensor& x, const Tensor& weight, const std::optio
   const Axis* axis = shape.axis;
   const int64_t filters = weight.size(0);
   Tensor y = empty_result(x, {shape.batch, filters, axis[0].out, axis[1].out, axis[2].out});
-  run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), y);
+  run_correlate(shape, Pass::forward, x, contiguous(weight), checked_bias(bias, x, filters), then,
+                y);
   return y;
 }
 
@@ -221,7 +224,7 @@ Tensor depthwise_grad_input(const Tensor& grad, const Tensor& weight, const Ints
                                 dilation, mode, bias);
   Tensor x = empty_result(grad, {shape.batch, shape.channels, size[0], size[1], size[2]});
   run_correlate(shape, Pass::grad_input, grad, contiguous(weight),
-                checked_bias(bias, grad, shape.channels), x);
+                checked_bias(bias, grad, shape.channels), kIdentity, x);
   return x;
 }
 

@@ -117,13 +117,15 @@ inline Group group_at(const LaneMap& map, int64_t size, int64_t index) {
   return {index / per_item * item + first, item - first < size ? item - first : size};
 }
 
-// target = bias + sum over taps of source * weight: forward, and grad_input read backwards.
+// target = activation(bias + sum over taps of source * weight): forward, and grad_input read
+// backwards, which has no activation.
 // Target channel c reads source channels c / divide * gather + j and weights c * gather + j for
 // j < gather; the links of d count planes j * source planes + plane.
 struct CorrelateArgs {
   Strided source, target;
   const void* weight;  // [channels * gather, kernel...], contiguous
   const void* bias;    // [channels] or null
+  Activation activation;
   LaneMap map;
   int64_t divide, gather;
   int64_t source_size[3], target_size[3], kernel[3];
@@ -142,8 +144,9 @@ struct PassTensors {
   Strided source, target;
   const void* weight;  // [channels * gather, taps], contiguous
   const void* bias;    // [channels] or null
-  void* partial;       // of grad_weight
-  int64_t pairs;       // batch * channels
+  Activation activation;
+  void* partial;  // of grad_weight
+  int64_t pairs;  // batch * channels
   int64_t channels, divide, gather;
 
   int64_t source_channel(int64_t c) const { return (divide == 1 ? c : c / divide) * gather; }

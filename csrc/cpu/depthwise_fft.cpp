@@ -41,6 +41,7 @@ struct Convolution {
   const void* bias;
   int64_t terms;
   LaneMap map;
+  Activation activation = kIdentity;
 };
 
 SpectralOperand tile_operand(SpectralOperand whole, const SpectralTile& tile, Window Piece::* which,
@@ -65,6 +66,7 @@ SpectralArgs tile_args(const SpectralPlan& plan, const SpectralTile& tile, const
   a.b = tile_operand(c.b, tile, &Piece::b, item_bytes);
   a.result = tile_operand(c.result, tile, &Piece::result, item_bytes);
   a.bias = c.bias;
+  a.activation = c.activation;
   a.map = c.map;
   std::copy(tile.axis, tile.axis + 3, a.axis);
   a.columns = a.axis[2].fft.length / 2 + 1;
@@ -212,7 +214,7 @@ Tensor depthwise_forward_fft(const Tensor& x, const Tensor& weight,
                              const Ints& padding, const Ints& dilation, int64_t mode,
                              int64_t activation) {
   check_mode(mode);
-  check_no_activation(activation);
+  const Activation then = checked_activation(activation);
   const Conv3dShape shape = forward_shape(x, weight, stride, padding, dilation, mode);
   const Axis* axis = shape.axis;
   const int64_t batch = shape.batch, filters = weight.size(0);
@@ -224,6 +226,7 @@ Tensor depthwise_forward_fft(const Tensor& x, const Tensor& weight,
                 operand(y), b ? b->data_ptr() : nullptr,
                 1,          {batch, filters, 0, is_channels_last_3d(x)}};
   c.a.divide = shape.multiplier;
+  c.activation = then;
   convolve(shape, Pass::forward, c, x);
   return y;
 }

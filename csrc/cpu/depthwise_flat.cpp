@@ -292,12 +292,13 @@ bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const T
 }
 
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
-              const void* bias, Tensor& target) {
+              const void* bias, Activation activation, Tensor& target) {
   const FlatKernels& kernels = flat_kernels(element_of(source));
   FlatPass flat = plan_flat(shape, pass, source, target, kernels);
   FlatArgs& a = flat.args;
   a.weight = weight.data_ptr();
   a.bias = bias;
+  a.activation = activation;
   run_units(a, kernels);
 }
 

@@ -13,9 +13,9 @@ namespace voxconv {
 bool flat_suits(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                 const Tensor& target);
 
-// target = bias + source * weight.
+// target = activation(bias + source * weight).
 void run_flat(const Conv3dShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
-              const void* bias, Tensor& target);
+              const void* bias, Activation activation, Tensor& target);
 
 // Sums of grad * x over pieces of planes.
 RowPartials run_flat_grad_weight(const Conv3dShape& shape, const Tensor& x, const Tensor& grad);

@@ -50,6 +50,7 @@ inline PassTensors pass_tensors(const Conv3dShape& shape, Pass pass, const Tenso
           strided(target),
           nullptr,
           nullptr,
+          kIdentity,
           nullptr,
           shape.batch * channels,
           channels,
@@ -136,11 +137,5 @@ struct Cropped {
     });
   }
 };
-
-// The functions in front of the ops (voxconv/functional.py) leave activations to torch here.
-inline void check_no_activation(int64_t activation) {
-  VOXCONV_CHECK(checked_activation(activation) == kIdentity,
-                "voxconv: the CPU kernels have no activation of their own");
-}
 
 }  // namespace voxconv

@@ -262,12 +262,13 @@ RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, cons
 }
 
 void run_rows(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,
-              const Tensor& weight, const void* bias, Tensor& target) {
+              const Tensor& weight, const void* bias, Activation activation, Tensor& target) {
   const RowsKernels& kernels = rows_kernels(element_of(source));
   RowsPass rows = plan_pass(form, shape, pass, source, target, kernels);
   RowsArgs& a = rows.args;
   a.weight = weight.data_ptr();
   a.bias = bias;
+  a.activation = activation;
   const size_t bytes = kernels.correlate_scratch(a);
   run_units(a, kernels.lanes,
             [&](int64_t begin, int64_t end) { kernels.correlate(a, begin, end, scratch(bytes)); });

@@ -14,9 +14,9 @@ enum class RowsForm { none, lines, planes };
 RowsForm rows_form(const Conv3dShape& shape, const LaneMap& map, Pass pass, const Tensor& source,
                    const Tensor& target);
 
-// target = bias + source * weight, by rows of that form.
+// target = activation(bias + source * weight), by rows of that form.
 void run_rows(RowsForm form, const Conv3dShape& shape, Pass pass, const Tensor& source,
-              const Tensor& weight, const void* bias, Tensor& target);
+              const Tensor& weight, const void* bias, Activation activation, Tensor& target);
 
 // Sums of grad * x over pieces of planes: [batch * channels, pieces, taps].
 struct RowPartials {

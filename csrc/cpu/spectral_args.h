@@ -27,7 +27,8 @@ struct SpectralOperand {
   int64_t column() const { return size[0] * (size[1] + 1); }
 };
 
-// result = a * b, circular along every axis, or the sum of that over steps.
+// result = a * b, circular along every axis, or the sum of that over steps; then come the bias and
+// the activation.
 //
 // Axes are transformed in the order w, h, d, and back. Along w, where the elements are real, only
 // columns 0 .. N / 2 of the spectrum are kept. Of planes and rows that hold no element of an
@@ -40,6 +41,7 @@ struct SpectralOperand {
 struct SpectralArgs {
   SpectralOperand a, b, result;
   const void* bias;  // [channels] or null
+  Activation activation;
   LaneMap map;
   SpectralAxis axis[3];
   bool summed;

@@ -60,8 +60,7 @@ def conv3d(
         groups: blocks of channels that do not meet; C makes the convolution depthwise.
         padding_mode: "zeros", "replicate", "reflect" or "circular".
         activation: what follows, as `torch.nn.functional.relu`, `leaky_relu`, `gelu` or `silu` (by
-            name, with their defaults); in the kernel itself on a GPU, where no gradient is asked
-            for.
+            name, with their defaults); in the kernel itself where no gradient is asked for.
 
     Returns:
         [N, O, oD, oH, oW] (or without N), in the layout of the input.
