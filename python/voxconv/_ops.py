@@ -10,6 +10,12 @@ weight [C*m, 1, kD, kH, kW] and grad [N, C*m, oD, oH, oW]:
     depthwise_grad_weight  grad, x, kernel                                 -> [C*m, 1, *kernel]
     channel_sum            grad                                            -> [C*m]
 
+With weight [O, C/groups, kD, kH, kW] and grad [N, O, oD, oH, oW], of any groups:
+
+    dilated_forward        x, weight, bias [O], activation                 -> [N, O, oD, oH, oW]
+    dilated_grad_input     grad, weight, size, bias [C]                    -> [N, C, *size]
+    dilated_grad_weight    grad, x, kernel                                 -> [O, C/groups, *kernel]
+
 Results follow the layout of the first tensor (channels_last_3d or contiguous). Kernels for the CPU
 and for CUDA are in the compiled part. `..._fft` are the same passes by FFT, zeros padding only: on
 the CPU compiled, on a GPU by torch.fft. `..._triton` are those of `voxconv.triton_kernels`.
@@ -39,9 +45,16 @@ _GRAD_INPUT = (
 )
 _GRAD_WEIGHT = f"(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor"
 
+_GROUPED = f"{_GEOMETRY}, SymInt groups"
+_DILATED = {
+    "dilated_forward": f"(Tensor x, Tensor weight, Tensor? bias, {_GROUPED}, int activation=0)",
+    "dilated_grad_input": f"(Tensor grad, Tensor weight, SymInt[] size, {_GROUPED}, Tensor? bias)",
+    "dilated_grad_weight": f"(Tensor grad, Tensor x, SymInt[] kernel, {_GROUPED})",
+}
+
 _PASSES = ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight")
 _COMPILED = {
-    "CPU": (*_PASSES, *(f"{name}_fft" for name in _PASSES), "channel_sum"),
+    "CPU": (*_PASSES, *(f"{name}_fft" for name in _PASSES), *_DILATED, "channel_sum"),
     "CUDA": (*_PASSES, "channel_sum"),
 }
 _FUNCTIONS = ("empty_cache", "cuda_build", "cuda_versions")  # of voxconv._C
@@ -58,7 +71,7 @@ def _fake_forward(
     padding: Sextuple,
     dilation: Triple,
     padding_mode: int,
-    activation: int = 0,
+    *more: int,
 ) -> Tensor:
     batch, _, d, h, w = x.shape
     filters, _, kd, kh, kw = weight.shape
@@ -72,6 +85,17 @@ def _fake_grad_input(grad: Tensor, weight: Tensor, size: Triple, *geometry: Any)
 
 def _fake_grad_weight(grad: Tensor, x: Tensor, kernel: Triple, *geometry: Any) -> Tensor:
     return x.new_empty((grad.shape[1], 1, *kernel))
+
+
+def _fake_dilated_grad_input(
+    grad: Tensor, weight: Tensor, size: Triple, *geometry: Any
+) -> Tensor:
+    groups = geometry[4]
+    return empty_in_layout_of(grad, (grad.shape[0], groups * weight.shape[1], *size))
+
+
+def _fake_dilated_grad_weight(grad: Tensor, x: Tensor, kernel: Triple, *geometry: Any) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1] // geometry[4], *kernel))
 
 
 def _fake_channel_sum(grad: Tensor) -> Tensor:
@@ -90,6 +114,11 @@ for _kind in ("", "_fft", "_triton"):
 for _kind in ("", "_triton"):
     _define(f"channel_sum{_kind}", "(Tensor grad) -> Tensor", _fake_channel_sum)
 
+
+for _name, _fake in zip(
+    _DILATED, (_fake_forward, _fake_dilated_grad_input, _fake_dilated_grad_weight), strict=True
+):
+    _define(_name, f"{_DILATED[_name]} -> Tensor", _fake)
 
 for _name in (*_PASSES, "channel_sum"):
     _library.impl(f"{_name}_triton", _triton.launcher(_name), "CUDA")
