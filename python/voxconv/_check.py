@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import _dispatch, _ops
-from ._dispatch import Choice, Problem
+from ._dispatch import Choice, Problem, is_depthwise
 from ._geometry import Geometry, Sextuple, Triple, resolve, resolve_transposed
 from .autograd import Plan
 
@@ -33,6 +33,7 @@ class Call(NamedTuple):
     plan: Plan | None
     passes: Passes
     groups: int
+    depthwise: bool
     out_shape: tuple[int, ...]
     output_padding: Triple
 
@@ -51,6 +52,7 @@ def check(
     groups: int | None,
     mode: int,
     output_padding: Triple,
+    channels_last: bool,
     forced: str | None,
 ) -> Call:
     """Check parsed arguments against each other and choose what runs; `groups=None` is depthwise.
@@ -64,6 +66,7 @@ def check(
     batch = x_shape[0] if len(x_shape) == 5 else 1
     channels, d, h, w = x_shape[-4:]
     size = (d, h, w)
+    depthwise = groups is None
     out_channels, groups = check_channels(transposed, x_shape, weight_shape, bias_shape, groups)
     kernel = (weight_shape[2], weight_shape[3], weight_shape[4])
     if transposed:
@@ -73,15 +76,19 @@ def check(
         out = geometry.out_size(size)
     out_shape = (batch, out_channels, *out)
     _check_bytes(out_shape, dtypes[0])
+    # Several filters of a single channel are for the depthwise kernels only if asked for.
+    asked = forced is not None or depthwise
+    depthwise = groups == channels and (asked or is_depthwise(channels, out_channels, groups))
     problem = Problem(
         op="forward",
         device=devices[0].type,
         dtype=dtypes[0],
         x_shape=out_shape if transposed else (batch, channels, *size),
-        weight_shape=(out_channels, 1, *kernel),
+        weight_shape=(out_channels, 1, *kernel) if depthwise else tuple(weight_shape),
         geometry=geometry,
-        depthwise=groups == channels,
+        depthwise=depthwise,
         transposed=transposed,
+        channels_last=channels_last,
         missing=_ops.missing(devices[0]),
     )
     passes = [_dispatch.choose(problem._replace(op=op), forced) for op in _dispatch.PASSES]
@@ -98,7 +105,7 @@ def check(
         )
     if transposed:  # its result is the input gradient of the geometry, and the reverse
         passes[:2] = passes[1], passes[0]
-    return Call(geometry, plan, Passes(*passes), groups, out_shape, output_padding)
+    return Call(geometry, plan, Passes(*passes), groups, depthwise, out_shape, output_padding)
 
 
 def _check_types(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import _dilated_rule
 from ._geometry import PADDING_MODES, Geometry
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
@@ -41,7 +42,8 @@ VECTOR_BYTES = 64
 
 
 class Problem(NamedTuple):
-    """One pass of one convolution: x [N,C,D,H,W], weight [C*m,1,kD,kH,kW].
+    """One pass of one convolution: x [N,C,D,H,W], weight [C*m,1,kD,kH,kW] or, if it is not
+    depthwise, [O,C/groups,kD,kH,kW].
 
     Of a transposed one, these are of the convolution that it transposes, after its input has been
     repeated for the multiplier. `missing` tells, by backend, why it is not there.
@@ -55,6 +57,7 @@ class Problem(NamedTuple):
     geometry: Geometry
     depthwise: bool = True
     transposed: bool = False
+    channels_last: bool = False
     missing: Mapping[str, str] = MappingProxyType({})
 
 
@@ -141,7 +144,7 @@ def choose(problem: Problem, forced: str | None = None) -> Choice:
 
 def _refusal(problem: Problem, backend: str) -> str | None:
     """Why a backend cannot run a problem."""
-    if not problem.depthwise:
+    if not problem.depthwise and backend != "cpu":
         return "not depthwise: an output channel reads several input channels"
     if problem.device != DEVICES[backend]:
         return f"its kernels for {DEVICES[backend]!r} do not run on device {problem.device!r}"
@@ -152,14 +155,15 @@ def _refusal(problem: Problem, backend: str) -> str | None:
 
 def _better_by_torch(problem: Problem) -> str | None:
     """Why the whole problem, all its passes, is better left to torch."""
-    channels, filters = problem.x_shape[1], problem.weight_shape[0]
-    if not is_depthwise(channels, filters, channels):
-        return f"{filters} filters of a single channel are one matrix product"
-    return None
+    if problem.depthwise or problem.device != "cpu":
+        return None
+    return _dilated_rule.better_by_torch(problem)
 
 
 def _cpu_kernel(problem: Problem) -> Choice:
-    """Which of the compiled kernels and the FFT runs a depthwise pass."""
+    """Which of the compiled kernels and the FFT runs a pass."""
+    if not problem.depthwise:
+        return Choice("cpu", "dilated", _dilated_rule.reason(problem))
     return _direct_or_fft(problem, "cpu", FFT_MIN_TAPS, _fft_cost)
 
 

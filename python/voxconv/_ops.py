@@ -87,9 +87,7 @@ def _fake_grad_weight(grad: Tensor, x: Tensor, kernel: Triple, *geometry: Any) -
     return x.new_empty((grad.shape[1], 1, *kernel))
 
 
-def _fake_dilated_grad_input(
-    grad: Tensor, weight: Tensor, size: Triple, *geometry: Any
-) -> Tensor:
+def _fake_dilated_grad_input(grad: Tensor, weight: Tensor, size: Triple, *geometry: Any) -> Tensor:
     groups = geometry[4]
     return empty_in_layout_of(grad, (grad.shape[0], groups * weight.shape[1], *size))
 

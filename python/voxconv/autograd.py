@@ -186,13 +186,13 @@ def _split(weight: Tensor, channels: int) -> Tensor:
 class _Untracked:
     """The context of a call that nobody will differentiate."""
 
-    needs_input_grad = (False,) * 6
+    needs_input_grad = (False,) * 7
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
 
-def _tracked(function: type[Function]) -> _Op:
+def tracked(function: type[Function]) -> _Op:
     """`function.apply`, or its forward alone where nobody will ask for a derivative: the records of
     autograd take longer than a small layer."""
 
@@ -216,7 +216,7 @@ def watched(args: tuple[Any, ...]) -> bool:
     return False
 
 
-depthwise_forward = _tracked(DepthwiseForward)
-depthwise_grad_input = _tracked(DepthwiseGradInput)
-depthwise_grad_weight = _tracked(DepthwiseGradWeight)
-channel_sum = _tracked(ChannelSum)
+depthwise_forward = tracked(DepthwiseForward)
+depthwise_grad_input = tracked(DepthwiseGradInput)
+depthwise_grad_weight = tracked(DepthwiseGradWeight)
+channel_sum = tracked(ChannelSum)

@@ -25,6 +25,7 @@ from ._geometry import (
 )
 from ._layout import is_channels_last
 from .autograd import depthwise_forward, depthwise_grad_input, watched
+from .autograd_dilated import dilated_forward, dilated_grad_input
 
 _ZERO = (0, 0, 0)
 _CACHED_CALLS = 4096
@@ -186,6 +187,8 @@ def conv_transpose3d(
         input = input.unsqueeze(0)
     if call.plan is None:
         y = _torch_conv_transpose3d(input, weight, bias, call)
+    elif not call.depthwise:
+        y = _dilated_transpose(input, weight, bias, call)
     else:
         y = _depthwise_transpose(input, weight, bias, call)
     return y if batched else y.squeeze(0)
@@ -210,12 +213,34 @@ def _convolve(
         x = x.unsqueeze(0)
     if call.plan is None:
         y = _torch_conv3d(x, weight, bias, call)
-    elif then and call.plan.activates and not watched((x, weight, bias)):
-        y, then = depthwise_forward(x, weight, bias, call.geometry, call.plan, then), 0
     else:
-        y = depthwise_forward(x, weight, bias, call.geometry, call.plan)
+        given = (
+            (call.geometry, call.plan)
+            if call.depthwise
+            else (call.geometry, call.groups, call.plan)
+        )
+        forward = depthwise_forward if call.depthwise else dilated_forward
+        if then and call.plan.activates and not watched((x, weight, bias)):
+            y, then = forward(x, weight, bias, *given, then), 0
+        else:
+            y = forward(x, weight, bias, *given)
     y = activate(y, then) if then else y
     return y if batched else y.squeeze(0)
+
+
+def _dilated_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    x = _with_output_padding(x, call)
+    size = call.out_shape[2:]
+    return dilated_grad_input(x, weight, size, call.geometry, call.groups, call.plan, bias)
+
+
+def _with_output_padding(x: Tensor, call: Call) -> Tensor:
+    """With zeros behind, where the output goes beyond what the input reaches."""
+    more = [p // s for p, s in zip(call.output_padding, call.geometry.stride, strict=True)]
+    if not any(more):
+        return x
+    d, h, w = more
+    return F.pad(x, (0, w, 0, h, 0, d))
 
 
 def _depthwise_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
@@ -231,10 +256,7 @@ def _depthwise_transpose(x: Tensor, weight: Tensor, bias: Tensor | None, call: C
             bias = None if bias is None else bias.float()
         x = _repeat_channels(x, multiplier)
         weight = weight.reshape(-1, 1, *geometry.kernel)
-    more = [p // s for p, s in zip(call.output_padding, geometry.stride, strict=True)]
-    if any(more):
-        d, h, w = more
-        x = F.pad(x, (0, w, 0, h, 0, d))
+    x = _with_output_padding(x, call)
     size = call.out_shape[2:]
     return depthwise_grad_input(x, weight, size, geometry, call.plan, bias).to(dtype)
 
@@ -324,6 +346,7 @@ def settle(
         groups,
         mode_index(padding_mode),
         triple(output_padding, "output_padding"),
+        x.dim() == 5 and groups != x.shape[1] and is_channels_last(x),
         _dispatch.forced_backend(),
     )
     if torch.compiler.is_compiling():
