@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one table of problems: forward, gradient, layout, compile tests and the bench all read it.
 
-A row is a :class:`Case`. Its geometry is written in the user's terms (``padding`` may be an int, a
-triple, three pairs, "valid" or "same"), and the sizes below are worked out here on purpose, not
-imported from the package: the table is the second opinion.
+A row is a :class:`Case` (case.py). Those of convolutions that are not depthwise are in
+cases_dilated.py.
 
 Tags: ``smoke`` (every property is tested on these), ``odd`` (awkward sizes), ``edge`` (limits),
 ``model`` (true layers of published networks, bench only; tests take :meth:`Case.small`), ``bar``
@@ -13,180 +12,39 @@ uses; float32 otherwise).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from case import (
+    CHANNELS_LAST,
+    LAYOUTS,
+    MODES,
+    NCDHW,
+    Case,
+    Padding,
+    Pairs,
+    Tensors,
+    Triple,
+    triple,
+)
+from cases_dilated import DILATED
 
-Triple = tuple[int, int, int]
-Pairs = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-Padding: TypeAlias = "int | Triple | Pairs | str"
-
-NCDHW = "ncdhw"
-CHANNELS_LAST = "channels_last_3d"
-LAYOUTS = (NCDHW, CHANNELS_LAST)
-MODES = ("zeros", "replicate", "reflect", "circular")
-
-
-class Tensors(NamedTuple):
-    """The arguments of one problem: ``x`` [N,C,D,H,W], ``weight`` [C*m,1,*k] (transposed
-    [C,m,*k]), ``bias`` [C*m], and ``grad`` shaped like the output."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    grad: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem. ``op`` is "depthwise" or "transposed"; ``size`` is that of the input."""
-
-    name: str
-    op: str = "depthwise"
-    n: int = 1
-    channels: int = 1
-    multiplier: int = 1
-    size: Triple = (1, 1, 1)
-    kernel: Triple = (3, 3, 3)
-    stride: Triple = (1, 1, 1)
-    padding: Padding = 0
-    dilation: Triple = (1, 1, 1)
-    mode: str = "zeros"
-    output_padding: Triple = (0, 0, 0)
-    layout: str = NCDHW
-    tags: tuple[str, ...] = ()
-    source: str = ""
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def transposed(self) -> bool:
-        return self.op == "transposed"
-
-    @property
-    def out_channels(self) -> int:
-        return self.channels * self.multiplier
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-    @property
-    def span(self) -> Triple:
-        """Cells from the first to the last tap, per axis."""
-        kd, kh, kw = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
-        return kd, kh, kw
-
-    @property
-    def pads(self) -> Pairs:
-        """``padding`` as three (before, after) pairs."""
-        if self.padding == "valid":
-            return ((0, 0),) * 3
-        if self.padding == "same":
-            pairs = []
-            for n, s, span in zip(self.size, self.stride, self.span, strict=True):
-                total = max((-(-n // s) - 1) * s + span - n, 0)
-                pairs.append((total // 2, total - total // 2))
-            return tuple(pairs)  # type: ignore[return-value]
-        if isinstance(self.padding, int):
-            return ((self.padding, self.padding),) * 3
-        pd, ph, pw = (p if isinstance(p, tuple) else (p, p) for p in self.padding)
-        return pd, ph, pw  # type: ignore[return-value]
-
-    @property
-    def out_size(self) -> Triple:
-        axes = zip(self.size, self.span, self.stride, self.pads, self.output_padding, strict=True)
-        if self.transposed:
-            od, oh, ow = ((n - 1) * s - a - b + span + op for n, span, s, (a, b), op in axes)
-        else:
-            od, oh, ow = ((n + a + b - span) // s + 1 for n, span, s, (a, b), _ in axes)
-        return od, oh, ow
-
-    @property
-    def flops(self) -> int:
-        """Two per tap and output (transposed: per tap and input), padding counted too."""
-        cells = self.size if self.transposed else self.out_size
-        return 2 * self.n * self.out_channels * math.prod(cells) * self.taps
-
-    @property
-    def live_flops(self) -> int:
-        """``flops`` less the taps that fall on zero padding (transposed: outside the output)."""
-        if self.mode != "zeros":
-            return self.flops
-        small, big = (self.size, self.out_size) if self.transposed else (self.out_size, self.size)
-        live = 1
-        for o, n, k, s, d, (a, _) in zip(
-            small, big, self.kernel, self.stride, self.dilation, self.pads, strict=True
-        ):
-            live *= sum(0 <= i * s - a + t * d < n for i in range(o) for t in range(k))
-        return 2 * self.n * self.out_channels * live
-
-    def bytes(self, itemsize: int = 4) -> int:
-        """Input, weight and output touched once: the least traffic of any one of the passes."""
-        cells = self.n * (
-            self.channels * math.prod(self.size) + self.out_channels * math.prod(self.out_size)
-        )
-        return itemsize * (cells + self.out_channels * self.taps)
-
-    def small(self) -> Case:
-        """The same kind of problem, small enough for a test in float64.
-
-        Kernel, stride, dilation, padding, mode and the parity of every axis stay; an axis shorter
-        than the kernel stays shorter.
-        """
-        size = []
-        for n, span, s in zip(self.size, self.span, self.stride, strict=True):
-            least = 6 if span >= 12 else 6 + span
-            size.append(n if n <= least else least + s + (n - least - s) % 2)
-        d, h, w = size
-        channels = min(self.channels, 5 if self.taps <= 400 else 2)
-        return replace(self, n=min(self.n, 2), channels=channels, size=(d, h, w))
-
-    def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of the public function for this row, beside x, weight and bias."""
-        args = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        if self.transposed:
-            return args | {"output_padding": self.output_padding, "groups": self.channels}
-        return args | {"padding_mode": self.mode}
-
-    def make(
-        self, dtype: torch.dtype | None = None, seed: int = 0, layout: str | None = None
-    ) -> Tensors:
-        """Random tensors of this problem, weights scaled so that outputs are of order one."""
-        import torch
-
-        dtype = dtype or torch.float32
-        layout = layout or self.layout
-        draw = torch.float64 if dtype == torch.float64 else torch.float32
-        generator = torch.Generator().manual_seed(seed)
-
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=draw)
-
-        def dress(t: torch.Tensor) -> torch.Tensor:
-            t = t.to(dtype)
-            last = layout == CHANNELS_LAST
-            return t.contiguous(memory_format=torch.channels_last_3d) if last else t.contiguous()
-
-        if self.transposed:
-            weight = randn(self.channels, self.multiplier, *self.kernel)
-        else:
-            weight = randn(self.out_channels, 1, *self.kernel)
-        return Tensors(
-            dress(randn(self.n, self.channels, *self.size)),
-            (weight / math.sqrt(self.taps)).to(dtype),
-            randn(self.out_channels).to(dtype),
-            dress(randn(self.n, self.out_channels, *self.out_size)),
-        )
-
-
-def _triple(value: int | Triple) -> Triple:
-    return (value, value, value) if isinstance(value, int) else value
+__all__ = [
+    "BY_NAME",
+    "CASES",
+    "CHANNELS_LAST",
+    "LAYOUTS",
+    "MODES",
+    "NCDHW",
+    "Case",
+    "Padding",
+    "Pairs",
+    "Tensors",
+    "Triple",
+    "scaled_down",
+    "select",
+]
 
 
 def _dw(
@@ -199,10 +57,10 @@ def _dw(
     **fields: Any,
 ) -> Case:
     """A depthwise row; the padding keeps the size (at stride 1, odd kernel) unless given."""
-    kernel, dilation = _triple(kernel), _triple(dilation)
+    kernel, dilation = triple(kernel), triple(dilation)
     centred = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
     fields = {"padding": centred, "kernel": kernel, "dilation": dilation} | fields
-    return Case(name, channels=channels, size=_triple(size), stride=_triple(stride), **fields)
+    return Case(name, channels=channels, size=triple(size), stride=triple(stride), **fields)
 
 
 def _up(name: str, kernel: int | Triple, channels: int, size: int | Triple, **fields: Any) -> Case:
@@ -448,7 +306,7 @@ BAR = _tagged(
     ],
 )
 
-CASES: tuple[Case, ...] = (*SMOKE, *ODD, *EDGE, *MODEL, *BAR)
+CASES: tuple[Case, ...] = (*SMOKE, *ODD, *EDGE, *MODEL, *BAR, *DILATED)
 BY_NAME = {case.name: case for case in CASES}
 
 

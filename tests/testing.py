@@ -21,7 +21,7 @@ MALLOC_FILL = 0xFE  # about -1.7e38 in float32 and bfloat16, -5e303 in float64, 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 LONGEST_CHAIN = 256  # of a sum over the volume, before it goes to a second accumulator
-PATHS = ("direct", "fft", "torch")
+PATHS = ("direct", "fft", "torch")  # of depthwise rows
 PASSES = ("forward", "grad_input", "grad_weight", "grad_bias")
 
 Conv = Callable[[Case, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -144,7 +144,11 @@ def ours(
     case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The row through the public function."""
-    op = voxconv.conv_transpose3d if case.transposed else voxconv.depthwise_conv3d
+    op = {
+        "depthwise": voxconv.depthwise_conv3d,
+        "dilated": voxconv.dilated_conv3d,
+        "transposed": voxconv.conv_transpose3d,
+    }[case.op]
     return op(x, weight, bias, **case.kwargs())
 
 
@@ -153,7 +157,11 @@ def reference(
 ) -> torch.Tensor:
     """The row through the package's oracle, in the dtype of the tensors."""
     ref = voxconv.reference
-    op = ref.conv_transpose3d if case.transposed else ref.depthwise_conv3d
+    op = {
+        "depthwise": ref.depthwise_conv3d,
+        "dilated": ref.conv3d,
+        "transposed": ref.conv_transpose3d,
+    }[case.op]
     return op(x, weight, bias, **case.kwargs())
 
 
@@ -170,16 +178,16 @@ def by_torch(
             case.stride,
             pads,
             case.output_padding,
-            case.channels,
+            case.blocks,
             case.dilation,
         )
     if case.mode == "zeros" and all(a == b for a, b in case.pads):
         pads = tuple(a for a, _ in case.pads)
-        return F.conv3d(x, weight, bias, case.stride, pads, case.dilation, case.channels)
+        return F.conv3d(x, weight, bias, case.stride, pads, case.dilation, case.blocks)
     flat = [side for pair in reversed(case.pads) for side in pair]
     wide = x if case.mode == "zeros" or x.dtype not in HALVES else x.float()
     padded = F.pad(wide, flat, "constant" if case.mode == "zeros" else case.mode).to(x.dtype)
-    return F.conv3d(padded, weight, bias, case.stride, 0, case.dilation, case.channels)
+    return F.conv3d(padded, weight, bias, case.stride, 0, case.dilation, case.blocks)
 
 
 def all_passes(conv: Conv, case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -198,7 +206,7 @@ def oracle_passes(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, to
     holds against that loop.
     """
     cells = case.n * case.out_channels * math.prod(case.out_size)
-    oracle = reference if case.taps * cells <= 2e6 else by_torch
+    oracle = reference if case.products * cells <= 2e6 else by_torch
     return all_passes(oracle, case, Tensors(*(t.double() for t in case.make(dtype, seed))))
 
 
@@ -225,9 +233,11 @@ def summands(case: Case, which: str) -> int:
         return case.n * out
     if which == "grad_weight":
         return case.n * (size if case.transposed else out)
+    made = case.channels if which == "grad_input" else case.out_channels
+    products = case.taps * case.pairs // made
     if which == "grad_input" and case.mode != "zeros":  # cells of the border are read many times
-        return case.taps * -(-out // size)
-    return case.taps + 1
+        return products * -(-out // size)
+    return products + 1
 
 
 def assert_case(
@@ -238,7 +248,7 @@ def assert_case(
     oracle = oracle_passes(case, dtype)
     for which, got in all_passes(conv, case, tensors).items():
         assert got.dtype == dtype
-        longest = LONGEST_CHAIN if which in ("grad_weight", "grad_bias") else case.taps
+        longest = LONGEST_CHAIN if which in ("grad_weight", "grad_bias") else case.products
         assert_accurate(
             f"{case} {which}",
             got,

@@ -13,7 +13,7 @@ from . import nn, reference
 from ._dispatch import use_backend
 from .convert import convert, revert
 from .explain import explain
-from .functional import conv3d, conv_transpose3d, depthwise_conv3d
+from .functional import conv3d, conv_transpose3d, depthwise_conv3d, dilated_conv3d
 from .memory import empty_cache
 
 try:
@@ -27,6 +27,7 @@ __all__ = [
     "conv_transpose3d",
     "convert",
     "depthwise_conv3d",
+    "dilated_conv3d",
     "empty_cache",
     "explain",
     "nn",

@@ -53,6 +53,7 @@ def check(
     mode: int,
     output_padding: Triple,
     channels_last: bool,
+    family: str | None,
     forced: str | None,
 ) -> Call:
     """Check parsed arguments against each other and choose what runs; `groups=None` is depthwise.
@@ -79,6 +80,7 @@ def check(
     # Several filters of a single channel are for the depthwise kernels only if asked for.
     asked = forced is not None or depthwise
     depthwise = groups == channels and (asked or is_depthwise(channels, out_channels, groups))
+    depthwise = depthwise and family != "dilated"
     problem = Problem(
         op="forward",
         device=devices[0].type,

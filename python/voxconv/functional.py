@@ -134,6 +134,53 @@ def depthwise_conv3d(
     return _convolve(input, weight, bias, stride, padding, dilation, None, padding_mode, activation)
 
 
+def dilated_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTriple = 1,
+    padding: PaddingLike = 0,
+    dilation: IntOrTriple = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """3-D convolution by the kernels for outputs that read many channels, dilated or not.
+
+    Equivalent to: `F.conv3d(input, weight, bias, stride, padding, dilation, groups)`. Unlike
+    `conv3d` it does not look for a depthwise convolution; it does leave to torch what torch is
+    quicker at.
+
+    Args:
+        All as in `conv3d`.
+
+    Returns:
+        [N, O, oD, oH, oW] (or without N), in the layout of the input.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: see `conv3d`.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            dilated_conv3d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            activation=activation,
+        )
+    groups = integer(groups, "groups")
+    return _convolve(
+        input, weight, bias, stride, padding, dilation, groups, padding_mode, activation, "dilated"
+    )
+
+
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,
@@ -204,10 +251,12 @@ def _convolve(
     groups: int | None,
     padding_mode: str,
     activation: str | None,
+    family: str | None = None,
 ) -> Tensor:
     then = activation_index(activation)
     x, weight, bias = tensors(x, weight, bias)
-    call = settle(False, x, weight, bias, stride, padding, dilation, groups, padding_mode, _ZERO)
+    geometry = (stride, padding, dilation, groups, padding_mode, _ZERO)
+    call = settle(False, x, weight, bias, *geometry, family)
     batched = x.dim() == 5
     if not batched:
         x = x.unsqueeze(0)
@@ -330,8 +379,11 @@ def settle(
     groups: int | None,
     padding_mode: str,
     output_padding: IntOrTriple,
+    family: str | None = None,
 ) -> Call:
-    """Check the arguments against each other and choose what runs; `groups=None` is depthwise."""
+    """Check the arguments against each other and choose what runs; `groups=None` is depthwise.
+
+    `family` "dilated" asks for the kernels of that family, not those of depthwise ones."""
     key = (
         transposed,
         x.shape,
@@ -347,6 +399,7 @@ def settle(
         mode_index(padding_mode),
         triple(output_padding, "output_padding"),
         x.dim() == 5 and groups != x.shape[1] and is_channels_last(x),
+        family,
         _dispatch.forced_backend(),
     )
     if torch.compiler.is_compiling():
