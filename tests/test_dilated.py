@@ -126,6 +126,7 @@ def test_unbatched_and_no_bias() -> None:
 
 @pytest.mark.parametrize("case", select("dense"), ids=str)
 def test_compiles(case: Case) -> None:
+    torch._dynamo.reset()
     tensors = case.make()
 
     def compiled(case: Case, *args: torch.Tensor | None) -> torch.Tensor:
