@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import _path  # noqa: F401
+import testing
 import voxconv
 from cases import BY_NAME, CHANNELS_LAST, NCDHW, select
 from conditions import AUTO, BUSY, Others, conditions, one_line, write_json
@@ -41,6 +42,9 @@ DW7 = ("uxnet_dw7_48@48", "bar_dw7_64@32", "uxnet_dw7_96@24")
 DW3 = ("bar_dw3_48@48",)
 DW21 = ("bar_dw21_48@24",)
 STRIDE2 = ("bar_stride2_dw3_48@48", "bar_stride2_dw5_48@48", "bar_stride2_dw7_48@48")
+DENSE_BARS = ("dense3_32@48", "dense3_32@48_dilation2")
+DENSE_64 = ("dense3_16@32_dilation2",)
+MESHNET = tuple(f"meshnet_30_dilation{d}@64" for d in (4, 8, 16))
 DILATED = {
     "bar_dw3_48@48": ("bar_dilation2_dw3_48@48", "bar_dilation3_dw3_48@48"),
     "bar_dw3_32@64": ("bar_dilation2_dw3_32@64", "bar_dilation3_dw3_32@64"),
@@ -59,6 +63,7 @@ class Bar:
     rows: tuple[str, ...] = ()
     modes: tuple[str, ...] = PASSES
     rival: str = ""
+    dtype: torch.dtype = torch.float32
 
 
 BARS = (
@@ -81,6 +86,76 @@ BARS = (
     Bar("suite fwd+bwd, geomean x better layout", "suite", 8, (), ("full",), "best"),
     Bar("suite, slowest row x better layout", "slowest", LOSING, (), SUITE_MODES, "best"),
     Bar("call overhead over F.conv3d, us", "overhead", 20, (), ("fwd",)),
+    *(
+        bar
+        for dtype in (torch.bfloat16, torch.float16)
+        for kind in [testing.dtype_id(dtype)]
+        for bar in (
+            Bar(
+                f"dense {kind} forward, x better layout",
+                "speedup",
+                100,
+                DENSE_BARS,
+                ("fwd",),
+                "best",
+                dtype,
+            ),
+            Bar(
+                f"dense {kind} fwd+bwd, x better layout",
+                "speedup",
+                50,
+                DENSE_BARS,
+                ("full",),
+                "best",
+                dtype,
+            ),
+            Bar(f"dense {kind} time over float32", kind, 1.5, DENSE_BARS, ("fwd", "full")),
+        )
+    ),
+    Bar(
+        "dense float64 forward, x better layout",
+        "speedup",
+        8,
+        DENSE_64,
+        ("fwd",),
+        "best",
+        torch.float64,
+    ),
+    Bar(
+        "dense float64 fwd+bwd, x better layout",
+        "speedup",
+        5,
+        DENSE_64,
+        ("full",),
+        "best",
+        torch.float64,
+    ),
+    Bar("dense MeshNet forward, x NCDHW", "speedup", 2.5, MESHNET, ("fwd",), "conv3d"),
+    Bar("dense MeshNet fwd+bwd, x NCDHW", "speedup", 1.7, MESHNET, ("full",), "conv3d"),
+    Bar(
+        "dense suite, slowest row x better layout",
+        "speedup",
+        LOSING,
+        tuple(case.name for case in select("dense_model")),
+        SUITE_MODES,
+        "best",
+    ),
+    Bar(
+        "dense stride 2, x F.pad and F.conv3d",
+        "speedup",
+        1,
+        ("meshnet_30_stride2@64",),
+        SUITE_MODES,
+        "best",
+    ),
+    Bar(
+        "dense MeshNet 128^3, extra MB",
+        "memory",
+        64,
+        ("meshnet_30_dilation16@128",),
+        ("fwd",),
+        dtype=torch.bfloat16,
+    ),
 )
 
 
@@ -95,7 +170,7 @@ class Lab:
     """Measures what the metrics ask for; the suite only once."""
 
     def __init__(self, options: Options) -> None:
-        self.bench = Bench(options, (torch.float32, torch.bfloat16, torch.float16))
+        self.bench = Bench(options, testing.DTYPES)
         self.suite_rows: list[Row] = []
 
     @contextlib.contextmanager
@@ -115,9 +190,11 @@ class Lab:
             table.foot(self.suite_rows)
         return self.suite_rows
 
-    def row(self, name: str, mode: str, rivals: tuple[str, ...]) -> Row:
+    def row(
+        self, name: str, mode: str, rivals: tuple[str, ...], dtype: torch.dtype = torch.float32
+    ) -> Row:
         case = BY_NAME[name]
-        return next(self.bench.rows(case, (mode,), torch.float32, NCDHW, rivals))
+        return next(self.bench.rows(case, (mode,), dtype, NCDHW, rivals))
 
     def times(self, mode: str, variants: Sequence[tuple[str, torch.dtype, str]]) -> list[float]:
         """Our median on each (case, dtype, layout), timed side by side; NaN if any is wrong."""
@@ -141,8 +218,17 @@ def _roof(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
 def _speedup(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
     """However long the rival takes: --cap is for the suite, where it leaves out a row of many."""
     with lab.having(cap=math.inf) as options:
-        row = lab.row(name, mode, options.rivals)
+        row = lab.row(name, mode, options.rivals, bar.dtype)
     return [Figure(f"{name} {mode}", row["speedup"].get(bar.rival, math.nan))]
+
+
+def _memory(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    """What a call takes beyond its result."""
+    row = lab.row(name, mode, (), bar.dtype)
+    case = BY_NAME[name]
+    result = case.n * case.out_channels * math.prod(case.out_size) * bar.dtype.itemsize
+    peak = row["times"][OURS.name]["peak_mb"] if row["check"] == "ok" else math.nan
+    return [Figure(f"{name} {mode}", peak - result / 2**20)]
 
 
 def _layout(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
@@ -199,6 +285,7 @@ PER_ROW: dict[str, PerRow] = {
     "bfloat16": _dtype,
     "float16": _dtype,
     "dilation": _dilation,
+    "memory": _memory,
 }
 WHOLE: dict[str, Callable[[Lab, Bar], list[Figure]]] = {
     "suite": _suite,
@@ -206,7 +293,7 @@ WHOLE: dict[str, Callable[[Lab, Bar], list[Figure]]] = {
     "overhead": _overhead,
 }
 AT_LEAST = ("roof", "speedup", "suite", "slowest")
-ONE_PLACE = ("speedup",)  # far from its threshold, and the rival takes seconds
+ONE_PLACE = ("speedup", "memory")  # far from its threshold, and the rival takes seconds
 PLACES = 3
 BALLAST = 8 << 20  # elements that are held, so that the next tensors get other pages
 

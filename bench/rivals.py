@@ -19,7 +19,7 @@ import _path  # noqa: F401
 import testing
 from cases import CHANNELS_LAST, NCDHW, Case, Tensors
 from timing import Call
-from voxconv import autograd, functional
+from voxconv import autograd, autograd_dilated, functional
 
 Conv = Callable[[Case, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
@@ -65,21 +65,28 @@ def _torch_gradient(case: Case, t: Tensors, mode: str) -> Call:
         case.dilation,
         False,
         (0, 0, 0),
-        case.channels,
+        case.blocks,
         [mode == "grad_input", mode == "grad_weight", False],
     )
     return lambda: torch.ops.aten.convolution_backward(*args)
 
 
 def _our_gradient(case: Case, t: Tensors, mode: str) -> Call:
+    groups = case.groups if case.filters else None
     like = functional.settle(
-        False, t.x, t.weight, None, case.stride, case.pads, case.dilation, None, case.mode, 0
+        False, t.x, t.weight, None, case.stride, case.pads, case.dilation, groups, case.mode, 0
     )
-    geometry, plan = like.geometry, like.plan
+    geometry, plan, size = like.geometry, like.plan, t.x.shape[2:]
+    if plan is None:
+        return _torch_gradient(case, t, mode)
+    if case.filters:
+        given = (geometry, case.groups, plan)
+        if mode == "grad_weight":
+            return lambda: autograd_dilated.dilated_grad_weight(t.grad, t.x, *given)
+        return lambda: autograd_dilated.dilated_grad_input(t.grad, t.weight, size, *given)
     if mode == "grad_weight":
         return lambda: autograd.depthwise_grad_weight(t.grad, t.x, geometry, plan)
     weight = t.weight.view(case.channels, -1, *case.kernel)
-    size = t.x.shape[2:]
     return lambda: autograd.depthwise_grad_input(t.grad, weight, size, geometry, plan, None)
 
 
@@ -162,9 +169,10 @@ def predicted_seconds(
 ) -> float:
     """What one call will take, from one call with a few of the channels; 0 if surely below ``cap``.
 
-    Only ever used to leave a call out: depthwise time is proportional to batch and channels.
+    Only ever used to leave a call out: depthwise time is proportional to batch and channels. Of
+    other rows it is not asked.
     """
-    if case.flops / 2 * SWEEPS[mode] * SLOWEST_NS[dtype] * 1e-9 < cap:
+    if case.filters or case.flops / 2 * SWEEPS[mode] * SLOWEST_NS[dtype] * 1e-9 < cap:
         return 0.0
     few = 16 if (who.layout or layout) == CHANNELS_LAST else 4
     small = replace(case, n=1, channels=min(few, case.channels))

@@ -202,6 +202,8 @@ def _describe(case: Case, mode: str, dtype: torch.dtype, layout: str) -> Row:
         "layout": layout,
         "shape": [case.n, case.channels, *case.size],
         "multiplier": case.multiplier,
+        "out_channels": case.out_channels,
+        "groups": case.blocks,
         "kernel_size": case.kernel,
         "stride": case.stride,
         "dilation": case.dilation,
@@ -218,7 +220,7 @@ def kernel_of(problem: Problem, mode: str, layout: str) -> str:
     if case.transposed:
         kwargs |= {"transposed": True}
     else:
-        kwargs |= {"groups": case.channels}
+        kwargs |= {"groups": case.blocks}
     passes = voxconv.explain(t.x, t.weight, t.bias, **kwargs).passes
     chosen = [getattr(passes, name) for name in RESULTS[mode] if name != "grad_bias"]
     kernels = "/".join(dict.fromkeys(choice.kernel for choice in chosen))

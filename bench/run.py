@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=("depthwise", "transposed"))
+    parser.add_argument("--op", choices=("depthwise", "dilated", "transposed"))
     parser.add_argument("--case", nargs="+", help="names, parts of names or patterns")
     parser.add_argument("--tag", nargs="+", help=f"rows with any of these tags ({SUITE_TAG})")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=SUITE_MODES)

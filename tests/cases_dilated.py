@@ -146,6 +146,7 @@ BAR = _tagged(
         _conv("dense3_32@48", 3, (32, 32), 48),
         _conv("dense3_32@48_dilation2", 3, (32, 32), 48, dilation=2),
         _conv("dense3_16@32_dilation2", 3, (16, 16), 32, dilation=2),
+        _conv("meshnet_30_dilation16@128", 3, (30, 30), 128, dilation=16),
         _conv("meshnet_30_stride2@64", 3, (30, 30), 64, stride=2, padding="same"),
     ],
 )

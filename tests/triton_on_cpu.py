@@ -23,16 +23,11 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-<<<<<<< HEAD
 from triton.runtime.interpreter import GridExecutor, TensorHandle
 from voxconv.triton_kernels import depthwise
 from voxconv.triton_kernels import depthwise_plan as plan
-=======
->>>>>>> 99d2532 (The case table's rows that are not depthwise, and their tests on the CPU)
 
 from testing import on
-from voxconv.triton_kernels import depthwise
-from voxconv.triton_kernels import depthwise_plan as plan
 
 _patch_and_call = interpreter.InterpretedFunction.__call__
 _patch_tensor = interpreter._patch_lang_tensor

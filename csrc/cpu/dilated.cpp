@@ -35,21 +35,23 @@ Memory widened(const std::optional<Tensor>& bias, const Tensor& like, int64_t ch
 }
 
 void correlate(const DilatedShape& shape, Pass pass, const Tensor& source, const Tensor& weight,
-               const std::optional<Tensor>& bias, const Tensor& target) {
+               const std::optional<Tensor>& bias, Activation activation, const Tensor& target) {
   if (shape.conv.batch == 0) return;
   const DilatedKernels& kernels = dilated_kernels(element_of(source));
   DilatedArgs a;
   const DilatedPlan plan(shape, pass, kernels, a);
   a.source = strided(source);
   a.target = strided(target);
+  a.activation = activation;
   const Memory wide_bias = widened(bias, source, a.groups * a.out);
   a.bias = wide_bias.get();
   const Tensor from = contiguous(weight);
   const Memory packed = allocate(from.numel() * kernels.item_bytes);
   const int64_t blocks = block_count(a.out, kernels.most_out);
-  parallel_for(a.groups * blocks, 1 + (1 << 14) / (a.in * a.taps()), [&](int64_t begin, int64_t end) {
-    kernels.pack_weight(a, from.data_ptr(), pass == Pass::grad_input, begin, end, packed.get());
-  });
+  parallel_for(
+      a.groups * blocks, 1 + (1 << 14) / (a.in * a.taps()), [&](int64_t begin, int64_t end) {
+        kernels.pack_weight(a, from.data_ptr(), pass == Pass::grad_input, begin, end, packed.get());
+      });
   a.weight = packed.get();
   const size_t bytes = kernels.correlate_scratch(a);
   parallel_for(a.units(), 1, [&](int64_t begin, int64_t end) {
@@ -60,7 +62,7 @@ void correlate(const DilatedShape& shape, Pass pass, const Tensor& source, const
 Tensor dilated_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Ints& stride, const Ints& padding, const Ints& dilation, int64_t mode,
                        int64_t groups, int64_t activation) {
-  check_no_activation(activation);
+  const Activation then = checked_activation(activation);
   VOXCONV_CHECK(x.dim() == 5 && weight.dim() == 5 && x.size(1) == groups * weight.size(1),
                 "voxconv: weight must be [filters, channels / groups, kd, kh, kw]");
   check_same(x, weight);
@@ -70,7 +72,7 @@ Tensor dilated_forward(const Tensor& x, const Tensor& weight, const std::optiona
                                            padding, dilation, mode, groups);
   const Axis* axis = shape.conv.axis;
   Tensor y = empty_result(x, {x.size(0), weight.size(0), axis[0].out, axis[1].out, axis[2].out});
-  correlate(shape, Pass::forward, x, weight, bias, y);
+  correlate(shape, Pass::forward, x, weight, bias, then, y);
   return y;
 }
 
@@ -82,12 +84,11 @@ Tensor dilated_grad_input(const Tensor& grad, const Tensor& weight, const Ints& 
                 "voxconv: grad and weight must be 5-D, and padding zeros");
   check_same(grad, weight);
   const int64_t kernel[] = {weight.size(2), weight.size(3), weight.size(4)};
-  const DilatedShape shape =
-      checked_shape(grad, weight.size(1), weight.size(0), size.data(), kernel, stride, padding,
-                    dilation, mode, groups);
+  const DilatedShape shape = checked_shape(grad, weight.size(1), weight.size(0), size.data(),
+                                           kernel, stride, padding, dilation, mode, groups);
   check_output(shape.conv, grad);
   Tensor x = empty_result(grad, {grad.size(0), groups * weight.size(1), size[0], size[1], size[2]});
-  correlate(shape, Pass::grad_input, grad, weight, bias, x);
+  correlate(shape, Pass::grad_input, grad, weight, bias, kIdentity, x);
   return x;
 }
 
@@ -114,7 +115,8 @@ Tensor dilated_grad_weight(const Tensor& grad, const Tensor& x, const Ints& kern
   a.chunks = std::clamp<int64_t>(kMostSums / (sums * kernels.item_bytes), 1,
                                  std::min(kMostChunks, a.tiles()));
   const int64_t tasks = a.groups * a.chunks;
-  a.parts = std::clamp<int64_t>(ceil_div(kTasksWanted, tasks), 1, ceil_div(a.out, kernels.most_out));
+  a.parts =
+      std::clamp<int64_t>(ceil_div(kTasksWanted, tasks), 1, ceil_div(a.out, kernels.most_out));
   a.part = ceil_div(a.out, a.parts);
   const Memory memory = allocate(a.chunks * sums * kernels.item_bytes);
   a.sums = memory.get();
@@ -127,19 +129,19 @@ Tensor dilated_grad_weight(const Tensor& grad, const Tensor& x, const Ints& kern
     using T = Accumulator<E>;
     E* to = static_cast<E*>(weight.mutable_data_ptr());
     const int64_t places = a.in * a.taps();
-    parallel_for(a.groups * a.out, 1 + (1 << 14) / (places * a.chunks),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t filter = begin; filter < end; ++filter) {
-                     const T* from = static_cast<const T*>(a.sums) +
-                                     filter / a.out * places * a.out + filter % a.out;
-                     for (int64_t i = 0; i < places; ++i) {
-                       T sum = 0;
-                       for (int64_t chunk = 0; chunk < a.chunks; ++chunk)
-                         sum += from[chunk * sums + i * a.out];
-                       to[filter * places + i] = static_cast<E>(sum);
-                     }
-                   }
-                 });
+    parallel_for(
+        a.groups * a.out, 1 + (1 << 14) / (places * a.chunks), [&](int64_t begin, int64_t end) {
+          for (int64_t filter = begin; filter < end; ++filter) {
+            const T* from =
+                static_cast<const T*>(a.sums) + filter / a.out * places * a.out + filter % a.out;
+            for (int64_t i = 0; i < places; ++i) {
+              T sum = 0;
+              for (int64_t chunk = 0; chunk < a.chunks; ++chunk)
+                sum += from[chunk * sums + i * a.out];
+              to[filter * places + i] = static_cast<E>(sum);
+            }
+          }
+        });
   });
   return weight;
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Arguments of the dilated kernels: plain data, the same for every instruction set.
 //
-// One pass is out[o, p] = bias[o] + sum over channels i and taps k of w[o, i, k] * x[i, read(p, k)].
-// Along each axis the destinations fall into classes that read the source with the same taps:
+// One pass is out[o, p] = bias[o] + sum over channels i and taps k of w[o, i, k] * x[i, read(p,
+// k)]. Along each axis the destinations fall into classes that read the source with the same taps:
 // destination first + step * t, t < count, meets tap `tap` at cell stride * t + offset. Forward is
 // one class of step 1 and stride S; grad_input has a class for each residue of S, and stride 1.
 #pragma once
@@ -55,11 +55,12 @@ struct ColumnPlanView {
 
 struct DilatedArgs {
   Strided source, target;
-  const void* weight;  // packed, see pack_weight
-  const void* bias;    // [groups * out] or null
+  const void* weight;              // packed, see pack_weight
+  const void* bias;                // [groups * out] or null
   int64_t batch, groups, in, out;  // channels of a group that are read and made
   int64_t kernel[3], source_size[3], target_size[3];
   int mode;
+  Activation activation;
   const PlaneTap* planes;
   const int32_t* plane_begin;  // of a destination plane
   int64_t most_planes;
@@ -86,8 +87,8 @@ struct DilatedWeightArgs : DilatedArgs {
 
 // The kernels of one instruction set for one element type.
 struct DilatedKernels {
-  int64_t lanes, item_bytes;       // of a vector; of what is summed
-  int64_t most_out;                // outputs that share loads, at most
+  int64_t lanes, item_bytes;        // of a vector; of what is summed
+  int64_t most_out;                 // outputs that share loads, at most
   int64_t (*vectors)(int64_t out);  // and vectors of each, of so many outputs
   void (*pack_weight)(const DilatedArgs&, const void* weight, bool backwards, int64_t begin,
                       int64_t end, void* to);

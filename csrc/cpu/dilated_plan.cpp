@@ -157,7 +157,8 @@ void DilatedPlan::choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels
     const double chunks = std::max(1.0, double(a.in) * staged / room);
     const int64_t made = columns * rows, done = round_up(row_vectors * rows, vectors);
     double clocks = macs / 2 * double(done) / double(row_vectors * rows) * double(made);
-    clocks += kCopyClocks * double(a.in) * staged / double(lanes) * double(weights ? most_planes_ : 1);
+    clocks +=
+        kCopyClocks * double(a.in) * staged / double(lanes) * double(weights ? most_planes_ : 1);
     clocks += kSpillClocks * (chunks - 1) * double(a.out * made);
     if (weights) clocks += macs * 8;  // sums of lanes
     clocks *= double(tiles);
@@ -174,10 +175,14 @@ void DilatedPlan::choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels
   a.in_chunk = std::clamp<int64_t>(fits, std::min<int64_t>(a.in, 8), a.in);
   a.in_chunk = ceil_div(a.in, ceil_div(a.in, a.in_chunk));
   a.vectors = best * row_vectors;
-  a.h = {row_classes_.data(), row_taps_.data(),
-         slots_.data(),       slot_begin_.data(),
-         tiles_.data(),       static_cast<int64_t>(tiles_.size()),
-         h.stride,            slots};
+  a.h = {row_classes_.data(),
+         row_taps_.data(),
+         slots_.data(),
+         slot_begin_.data(),
+         tiles_.data(),
+         static_cast<int64_t>(tiles_.size()),
+         h.stride,
+         slots};
 }
 
 DilatedPlan::DilatedPlan(const DilatedShape& shape, Pass pass, const DilatedKernels& kernels,
