@@ -8,18 +8,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import voxconv
 from cases import CASES, Case, select
-from testing import all_passes, on, ops_called, ours
+from testing import all_passes, assert_case, on, ops_called, ours
 from voxconv import _dispatch, _ops
 from voxconv._dispatch import Choice, Problem
 from voxconv._geometry import PADDING_MODES, Geometry
@@ -69,7 +69,6 @@ def test_the_fft_is_chosen_only_where_it_can_run() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        pytest.param({"depthwise": False}, "not depthwise", id="dense"),
         pytest.param({"device": "mps"}, "mps", id="device"),
         pytest.param({"dtype": torch.complex64}, "complex64", id="dtype"),
         pytest.param({"missing": {"cpu": "no library"}}, "no library", id="missing"),
@@ -162,14 +161,18 @@ def test_forced_torch_takes_everything() -> None:
 
 
 @needs_kernels
-def test_forced_cpu_refuses_what_is_not_depthwise() -> None:
-    x, weight = torch.zeros(1, 4, 3, 4, 5), torch.zeros(4, 2, 1, 1, 1)
-    with voxconv.use_backend("cpu"):
-        with pytest.raises(NotImplementedError, match="depthwise"):
-            voxconv.conv3d(x, weight, groups=2)
-        with pytest.raises(NotImplementedError, match="depthwise"):
-            voxconv.conv_transpose3d(x, torch.zeros(4, 4, 1, 1, 1))
+def test_forced_cpu_runs_what_is_not_depthwise() -> None:
+    x, weight = torch.randn(1, 4, 3, 4, 5), torch.randn(4, 2, 1, 1, 1)
+    expected = F.conv3d(x, weight, groups=2)
+    with voxconv.use_backend("cpu"), ops_called() as called:
+        torch.testing.assert_close(voxconv.conv3d(x, weight, groups=2), expected)
+        voxconv.conv_transpose3d(x, torch.zeros(4, 4, 1, 1, 1))
         voxconv.conv3d(x, torch.zeros(4, 1, 1, 1, 1), groups=4)
+    assert {name for name in called if name.startswith("voxconv")} == {
+        "voxconv::dilated_forward",
+        "voxconv::dilated_grad_input",
+        "voxconv::depthwise_forward",
+    }
 
 
 def test_one_channel_of_many_outputs_is_dense() -> None:
@@ -299,20 +302,39 @@ def test_explain_reads_no_data() -> None:
     assert explained.flops == 2 * x.numel() * 343
 
 
-@pytest.mark.parametrize(
-    ("make", "kernel"),
-    [
-        pytest.param(lambda: (torch.zeros(1, 4, 3, 4, 5), torch.zeros(8, 2, 1, 1, 1)), "conv3d"),
-        pytest.param(lambda: (torch.zeros(1, 4, 3, 4, 5), torch.zeros(8, 4, 1, 1, 1)), "conv3d"),
-    ],
-    ids=["grouped", "dense"],
-)
-def test_explain_dense(make: Callable[[], tuple[torch.Tensor, torch.Tensor]], kernel: str) -> None:
-    x, weight = make()
-    explained = voxconv.explain(x, weight)
-    assert (explained.backend, explained.kernel) == ("torch", kernel)
-    assert "depthwise" in explained.reason
-    assert explained.output_shape == (1, 8, 3, 4, 5)
+DENSE = {
+    "one_tap": ((1, 4, 3, 4, 5), (8, 2, 1, 1, 1), {}, ("torch",) * 3),
+    "float64": ((1, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"dtype": torch.float64}, ("cpu",) * 3),
+    "few_channels": ((1, 30, 64, 64, 64), (30, 30, 3, 3, 3), {}, ("cpu",) * 3),
+    "many": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {}, ("torch",) * 3),
+    "dilated": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"dilation": 2, "padding": 2},
+                ("torch", "cpu", "cpu")),
+    "causal": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"padding": ((2, 0), (1, 1), (1, 1))},
+               ("torch",) * 3),
+    "causal_dilated": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3),
+                       {"dilation": 2, "padding": ((4, 0), (2, 2), (2, 2))}, ("cpu",) * 3),
+}  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", DENSE)
+def test_who_runs_what_is_not_depthwise(name: str) -> None:
+    x_shape, weight_shape, kwargs, backends = DENSE[name]
+    kwargs = dict(kwargs)
+    dtype = kwargs.pop("dtype", torch.float32)
+    cell = torch.zeros((), dtype=dtype)
+    passes = voxconv.explain(cell.expand(x_shape), cell.expand(weight_shape), **kwargs).passes
+    assert tuple(choice.backend for choice in passes) == backends
+    assert all(choice.reason for choice in passes)
+
+
+@needs_kernels
+def test_passes_by_torch_and_by_us_make_one_call() -> None:
+    case = Case("row", op="dilated", n=2, channels=48, filters=48, size=(4, 5, 6), padding=2,
+                dilation=(2, 2, 2))  # fmt: skip
+    assert_case(case, case.make(), torch.float32, versus_torch=True)
+    explained = voxconv.explain(*case.make()[:3], **case.kwargs())
+    assert [choice.backend for choice in explained.passes] == ["torch", "cpu", "cpu"]
 
 
 @needs_kernels

@@ -204,7 +204,7 @@ def test_gradients_accumulate_over_reuse() -> None:
 
 
 def _plain_call(x: torch.Tensor) -> torch.Tensor:
-    weight = torch.linspace(-1, 1, x.shape[-4] * 27).view(-1, 1, 3, 3, 3)
+    weight = torch.linspace(-1, 1, x.shape[-4] * 27, dtype=x.dtype).view(-1, 1, 3, 3, 3)
     return voxconv.depthwise_conv3d(x, weight, padding=1)
 
 
@@ -217,10 +217,30 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted() -> None:
         assert _plain_call(x).grad_fn is None
 
 
-def test_forward_mode_is_refused_and_not_ignored() -> None:
-    x = torch.randn(2, 3, 4, 5, 6)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        _plain_call(forward_ad.make_dual(x, torch.ones_like(x)))
+def _loss(x: torch.Tensor) -> torch.Tensor:
+    return _plain_call(x).square().sum()
+
+
+def test_other_derivatives_are_left_to_torch() -> None:
+    """Forward mode and torch.func, which our functions do not have, unless they are asked for."""
+    x, along = torch.randn(2, 2, 3, 4, 5, 6, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(_loss(x), x)
+    x.requires_grad_(False)
+    torch.testing.assert_close(torch.func.grad(_loss)(x), expected)
+    _, derivative = torch.func.jvp(_loss, (x,), (along,))
+    torch.testing.assert_close(derivative, (expected * along).sum())
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(_loss(forward_ad.make_dual(x, along))).tangent
+    torch.testing.assert_close(tangent, derivative)
+    each = torch.func.vmap(torch.func.grad(_loss))(torch.stack([x, along]))
+    torch.testing.assert_close(each[0], expected)
+    with (
+        voxconv.use_backend("cpu"),
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="jvp"),
+    ):
+        _plain_call(forward_ad.make_dual(x, along))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

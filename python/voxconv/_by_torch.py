@@ -27,7 +27,7 @@ def forward(
     groups: int,
     activation: int = 0,
 ) -> Tensor:
-    return torch.ops.aten.convolution(
+    return torch.ops.aten.convolution(  # type: ignore[no-any-return]
         x, weight, bias, stride, padding[::2], dilation, False, _NOTHING, groups
     )
 

@@ -95,15 +95,16 @@ def check(
     )
     passes = [_dispatch.choose(problem._replace(op=op), forced) for op in _dispatch.PASSES]
     plan = None
-    if all(choice.backend != "torch" for choice in passes):
-        gpu = passes[0].backend != "cpu"
+    if any(choice.backend != "torch" for choice in passes):
+        backend = next(choice.backend for choice in passes if choice.backend != "torch")
         forward, grad_input, grad_weight = (choice.kernel for choice in passes)
         plan = Plan(
             forward,
             grad_input,
             grad_weight,
-            channel_sum="triton" if passes[0].backend == "triton" else "direct",
-            activates=not gpu or forward != "fft",  # the FFT on a GPU is that of torch
+            channel_sum="triton" if backend == "triton" else "direct",
+            # The FFT on a GPU is that of torch.
+            activates=forward != "conv3d" and (backend == "cpu" or forward != "fft"),
         )
     if transposed:  # its result is the input gradient of the geometry, and the reverse
         passes[:2] = passes[1], passes[0]

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When torch's convolution is quicker than ours on the CPU: a pure function of the problem."""
+"""Which passes of a convolution that is not depthwise torch is quicker at on the CPU.
+
+A pure function of the problem. torch's oneDNN is near the roof in float32, and past it in halves
+where the processor multiplies them, if channels fill its blocks and tensors are channels_last_3d;
+ours is as near from either layout, skips padding, and has a backward pass for dilations. Measured
+on AVX-512, bench/run.py --op dilated --tag dense_model.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import _by_torch
+
 if TYPE_CHECKING:
     from ._dispatch import Problem
-
 
 # Whether torch's oneDNN has convolutions of a type for this processor.
 _NATIVE = {
@@ -18,15 +26,56 @@ _NATIVE = {
     torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
 }
+BLOCK = 16  # channels that oneDNN works on at a time
+# Pairs of channels from which on its products are worth the reordering of an NCDHW tensor, and with
+# channels_last_3d tensors, which need none.
+MANY_PAIRS = {False: 2048, True: 100}
+# torch takes im2col and a matrix product, and not oneDNN, for one sample with so few lines of cells
+# and kernels of so many taps along H and W; that is as quick from so many pairs of channels on.
+FEW_LINES, SHORT_KERNEL, PRODUCT_PAIRS = 20480, 3, 4096
 
 
 def better_by_torch(problem: Problem) -> str | None:
-    """Why the whole problem, all its passes, is better left to torch."""
-    return None
+    """Why a pass is better left to torch; None if it is not."""
+    kernel, _, padding, dilation, mode = problem.geometry
+    if math.prod(kernel) == 1 and (_NATIVE[problem.dtype] or problem.dtype == torch.float64):
+        return "a kernel of one tap is a matrix product"
+    if not _by_torch.suits(padding, mode):
+        # Then it is all of the passes, on a padded copy, or none.
+        if max(dilation) > 1 or problem.transposed:
+            return None
+        reason = _forward(problem)
+        return reason and f"{reason}, a padded copy included"
+    if problem.op == "forward":
+        return _forward(problem)
+    if max(dilation) > 1:
+        return None
+    return _forward(problem)
+
+
+def _forward(problem: Problem) -> str | None:
+    filters, own, *kernel = problem.weight_shape
+    batch, channels, d, h, _ = problem.x_shape
+    groups = channels // own
+    pairs = own * filters // groups
+    if not _NATIVE[problem.dtype]:
+        return None
+    one = batch == 1 and groups == 1 and max(kernel[1:]) <= SHORT_KERNEL
+    if one and channels * d * h <= FEW_LINES:
+        return "one matrix product of columns" if pairs >= PRODUCT_PAIRS else None
+    if problem.dtype != torch.float32:
+        return f"oneDNN has products of {problem.dtype} on this processor"
+    if pairs < MANY_PAIRS[problem.channels_last]:
+        return None
+    if problem.channels_last:
+        return "oneDNN is near the roof in channels_last_3d"
+    if own % BLOCK or (filters // groups) % BLOCK:
+        return None
+    return "oneDNN is near the roof with channels in blocks of 16"
 
 
 def reason(problem: Problem) -> str:
     """Why it is ours."""
     if not _NATIVE[problem.dtype]:
-        return f"torch has no convolution for {problem.dtype} on this processor but a loop"
+        return f"torch has no quick convolution for {problem.dtype} on this processor"
     return "tiles that stay in the caches, no columns of the volume"

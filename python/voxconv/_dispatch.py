@@ -155,7 +155,7 @@ def _refusal(problem: Problem, backend: str) -> str | None:
 
 def _better_by_torch(problem: Problem) -> str | None:
     """Why the whole problem, all its passes, is better left to torch."""
-    if problem.depthwise or problem.device != "cpu":
+    if problem.depthwise or problem.device != "cpu" or problem.dtype not in DTYPES:
         return None
     return _dilated_rule.better_by_torch(problem)
 

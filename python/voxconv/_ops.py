@@ -45,7 +45,7 @@ _GRAD_INPUT = (
 )
 _GRAD_WEIGHT = f"(Tensor grad, Tensor x, SymInt[] kernel, {_GEOMETRY}) -> Tensor"
 
-_GROUPED = f"{_GEOMETRY}, SymInt groups"
+_GROUPED = f"{_GEOMETRY}, int groups"
 _DILATED = {
     "dilated_forward": f"(Tensor x, Tensor weight, Tensor? bias, {_GROUPED}, int activation=0)",
     "dilated_grad_input": f"(Tensor grad, Tensor weight, SymInt[] size, {_GROUPED}, Tensor? bias)",
@@ -113,9 +113,12 @@ for _kind in ("", "_triton"):
     _define(f"channel_sum{_kind}", "(Tensor grad) -> Tensor", _fake_channel_sum)
 
 
-for _name, _fake in zip(
-    _DILATED, (_fake_forward, _fake_dilated_grad_input, _fake_dilated_grad_weight), strict=True
-):
+_DILATED_FAKES: tuple[Callable[..., Tensor], ...] = (
+    _fake_forward,
+    _fake_dilated_grad_input,
+    _fake_dilated_grad_weight,
+)
+for _name, _fake in zip(_DILATED, _DILATED_FAKES, strict=True):
     _define(_name, f"{_DILATED[_name]} -> Tensor", _fake)
 
 for _name in (*_PASSES, "channel_sum"):

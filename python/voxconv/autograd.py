@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
 from . import _ops  # noqa: F401  (defines the ops)
@@ -203,6 +204,15 @@ def tracked(function: type[Function]) -> _Op:
 
     call.__doc__ = function.__doc__
     return call
+
+
+def transformed() -> bool:
+    """Whether derivatives are taken in a way that these functions do not have: forward, or by
+    `torch.func`."""
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack()
+    return levels is not None and any(level.key() != TransformType.Vmap for level in levels)
 
 
 def watched(args: tuple[Any, ...]) -> bool:

@@ -24,7 +24,7 @@ from ._geometry import (
     triple,
 )
 from ._layout import is_channels_last
-from .autograd import depthwise_forward, depthwise_grad_input, watched
+from .autograd import depthwise_forward, depthwise_grad_input, transformed, watched
 from .autograd_dilated import dilated_forward, dilated_grad_input
 
 _ZERO = (0, 0, 0)
@@ -362,6 +362,13 @@ def tensors(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | No
     return x, weight, bias
 
 
+def _shape(tensor: Tensor) -> torch.Size:
+    """In numbers: `torch.jit.trace` has tensors there, of which a trace can keep nothing here."""
+    if torch._C._get_tracing_state() is None:
+        return tensor.shape
+    return torch.Size([int(n) for n in tensor.shape])
+
+
 def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
@@ -383,12 +390,16 @@ def settle(
 ) -> Call:
     """Check the arguments against each other and choose what runs; `groups=None` is depthwise.
 
-    `family` "dilated" asks for the kernels of that family, not those of depthwise ones."""
+    `family` "dilated" asks for the kernels of that family, not those of depthwise ones. Derivatives
+    that ours do not have are left to torch, if no backend is asked for."""
+    forced, compiling = _dispatch.forced_backend(), torch.compiler.is_compiling()
+    if forced is None and not compiling and transformed():
+        forced = "torch"
     key = (
         transposed,
-        x.shape,
-        weight.shape,
-        None if bias is None else bias.shape,
+        _shape(x),
+        _shape(weight),
+        None if bias is None else _shape(bias),
         (x.dtype, weight.dtype, None if bias is None else bias.dtype),
         (x.device, weight.device, None if bias is None else bias.device),
         (x.layout, weight.layout, None if bias is None else bias.layout),
@@ -400,9 +411,9 @@ def settle(
         triple(output_padding, "output_padding"),
         x.dim() == 5 and groups != x.shape[1] and is_channels_last(x),
         family,
-        _dispatch.forced_backend(),
+        forced,
     )
-    if torch.compiler.is_compiling():
+    if compiling:
         return check(*key)
     try:
         call = _calls.get(key)
