@@ -2,7 +2,8 @@
 """Compiles the Triton kernels for GPUs that are not there, as the launchers ask for them.
 
 The launchers run on tensors without memory, and Triton takes their calls like any others, up to
-the launch. `python triton_cubins.py ARCH ROW:DTYPE:LAYOUT...` compiles all different kernels, in a
+the launch. `python triton_cubins.py ARCH ROW:DTYPE:LAYOUT...` ("ieee" is float32 where torch does
+without TF32 in convolutions) compiles all different kernels, in a
 process where the interpreter is off, and prints a line of JSON for each: registers and stack are
 read from the machine code by the cuobjdump that Triton brings (a thread that has spilled has a
 stack; Triton itself would ask a driver).
@@ -25,9 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-from voxconv.triton_kernels import depthwise
+from voxconv.triton_kernels import depthwise, dilated
 
-from cases import BY_NAME, CHANNELS_LAST, MODES, Case
+import cases
+import dense_cases
+from cases import CHANNELS_LAST, MODES, Case
+from dense_cases import Dense
 
 
 @contextmanager
@@ -61,21 +65,37 @@ def compiling(arch: int) -> Iterator[None]:
 
 
 def usage(built: Any) -> dict[str, int]:
-    """What a thread and a block of a compiled kernel use."""
+    """What a thread and a block of a compiled kernel use, and what it is made of."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()  # type: ignore[union-attr]
+        used, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", used).groups()  # type: ignore[union-attr]
+    ptx = built.asm["ptx"]
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "looped": _local_in_loops(code),
         "shared": built.metadata.shared,
-        "shuffles": built.asm["ptx"].count("shfl."),
+        "shuffles": ptx.count("shfl."),
+        "products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        "copies": len(re.findall(r"\bcp\.async\.c[ag]\b", ptx)),
     }
+
+
+def _cuobjdump(*args: str) -> str:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _local_in_loops(code: str) -> int:
+    """Loads and stores of what was put out of registers, in loops: between a jump back and the
+    place that it goes to."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)
+    lines = [(int(address, 16), instruction) for address, instruction in found]
+    jumps = [(int(to[1], 16), at) for at, i in lines if (to := re.search(r"BRA.*0x([0-9a-f]+)", i))]
+    local = [at for at, i in lines if re.search(r"\b(LDL|STL)\b", i)]
+    return sum(any(to <= at <= back for to, back in jumps) for at in local)
 
 
 def launch(case: Case, dtype: torch.dtype, layout: str) -> None:
@@ -86,13 +106,27 @@ def launch(case: Case, dtype: torch.dtype, layout: str) -> None:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory)
 
+    def vector(n: int) -> torch.Tensor:
+        return torch.empty(n, dtype=dtype, device="meta")
+
     size, out = (case.out_size, case.size) if case.transposed else (case.size, case.out_size)
-    x, grad = empty(case.n, case.channels, *size), empty(case.n, case.out_channels, *out)
-    weight = torch.empty(case.out_channels, 1, *case.kernel, dtype=dtype, device="meta")
-    bias = torch.empty(case.out_channels, dtype=dtype, device="meta")
     pads = tuple(side for pair in case.pads for side in pair)
     geometry = (case.stride, pads, case.dilation, MODES.index(case.mode))
-    depthwise.depthwise_forward(x, weight, bias, *geometry)
+    if isinstance(case, Dense):
+        filters, channels = case.filters, case.channels
+        if case.transposed:
+            filters, channels = channels, filters
+        weight = vector(filters * channels // case.groups * case.taps)
+        weight = weight.view(filters, -1, *case.kernel)
+        x, grad = empty(case.n, channels, *size), empty(case.n, filters, *out)
+        dilated.dilated_forward(x, weight, vector(filters), *geometry, case.groups)
+        if not geometry[-1]:
+            dilated.dilated_grad_input(grad, weight, size, *geometry, case.groups, None)
+        dilated.dilated_grad_weight(grad, x, case.kernel, *geometry, case.groups)
+        return
+    x, grad = empty(case.n, case.channels, *size), empty(case.n, case.out_channels, *out)
+    weight = vector(case.out_channels * case.taps).view(-1, 1, *case.kernel)
+    depthwise.depthwise_forward(x, weight, vector(case.out_channels), *geometry)
     split = weight.view(case.channels, -1, *case.kernel)
     depthwise.depthwise_grad_input(grad, split, size, *geometry)
     depthwise.depthwise_grad_weight(grad, x, case.kernel, *geometry)
@@ -102,7 +136,10 @@ def main(arch: str, *rows: str) -> None:
     with compiling(int(arch)):
         for row in rows:
             name, dtype, layout = row.split(":")
-            launch(BY_NAME[name], getattr(torch, dtype), layout)
+            known = dense_cases.BY_NAME if name in dense_cases.BY_NAME else cases.BY_NAME
+            precise = dtype == "ieee"
+            torch.backends.cudnn.conv.fp32_precision = "ieee" if precise else "tf32"
+            launch(known[name], torch.float32 if precise else getattr(torch, dtype), layout)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, TensorHandle
-from voxconv.triton_kernels import depthwise
+from voxconv.triton_kernels import depthwise, dilated
 from voxconv.triton_kernels import depthwise_plan as plan
 
 from testing import on
@@ -168,8 +168,13 @@ def interpreted() -> Iterator[None]:
 
 # On a GPU the ops are Triton's from the start.
 _cpu = torch.library.Library("voxconv", "IMPL", "CPU")
-for _name in ("depthwise_forward", "depthwise_grad_input", "depthwise_grad_weight", "channel_sum"):
-    _cpu.impl(f"{_name}_triton", getattr(depthwise, _name))
+_PASSES = ("forward", "grad_input", "grad_weight")
+for _module, _names in (
+    (depthwise, (*(f"depthwise_{name}" for name in _PASSES), "channel_sum")),
+    (dilated, tuple(f"dilated_{name}" for name in _PASSES)),
+):
+    for _name in _names:
+        _cpu.impl(f"{_name}_triton", getattr(_module, _name))
 
 
 @contextmanager

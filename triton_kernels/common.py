@@ -32,6 +32,15 @@ def source_index(i, n, MODE: tl.constexpr):
 
 
 @triton.jit
+def first_tap(t, axis):
+    """The first tap that target t reads with, the source it reads with it, and whether any does."""
+    scale, shift, step, divisor, common, inverse, every, _ = axis
+    at = t * scale + shift
+    k = at // common % every * inverse % every
+    return k, (at + k * step) // divisor, at % common == 0
+
+
+@triton.jit
 def activate(x, KIND: tl.constexpr):
     """What an output is, given its sum. NaN stays NaN."""
     if KIND == RELU:

@@ -15,16 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, source_index
-
-
-@triton.jit
-def first_tap(t, axis):
-    """The first tap that target t reads with, the source it reads with it, and whether any does."""
-    scale, shift, step, divisor, common, inverse, every, _ = axis
-    at = t * scale + shift
-    k = at // common % every * inverse % every
-    return k, (at + k * step) // divisor, at % common == 0
+from .common import activate, first_tap, source_index
 
 
 @triton.jit

@@ -119,10 +119,13 @@ _DILATED_FAKES: tuple[Callable[..., Tensor], ...] = (
     _fake_dilated_grad_weight,
 )
 for _name, _fake in zip(_DILATED, _DILATED_FAKES, strict=True):
-    _define(_name, f"{_DILATED[_name]} -> Tensor", _fake)
+    for _kind in ("", "_triton"):
+        _define(f"{_name}{_kind}", f"{_DILATED[_name]} -> Tensor", _fake)
 
 for _name in (*_PASSES, "channel_sum"):
-    _library.impl(f"{_name}_triton", _triton.launcher(_name), "CUDA")
+    _library.impl(f"{_name}_triton", _triton.launcher("depthwise", _name), "CUDA")
+for _name in _DILATED:
+    _library.impl(f"{_name}_triton", _triton.launcher("dilated", _name), "CUDA")
 for _name in _PASSES:
     _library.impl(f"{_name}_fft", getattr(_fft, _name), "CUDA")
 

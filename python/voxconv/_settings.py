@@ -16,6 +16,7 @@ _KNOWN = {
     "VOXCONV_CPU_WAY": (("flat", "rows", "channels").__contains__, "one of flat, rows, channels"),
     "VOXCONV_CUDA_WAY": (CUDA_WAYS.__contains__, f"one of {', '.join(CUDA_WAYS)}"),
     "VOXCONV_CACHE_MIB": (str.isdecimal, "a whole number of MiB"),
+    "VOXCONV_AUTOTUNE": (("0", "1").__contains__, "0 or 1"),
 }
 
 

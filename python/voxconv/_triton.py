@@ -21,11 +21,11 @@ def missing_reason() -> str | None:
     return None
 
 
-def launcher(name: str) -> Callable[..., Tensor]:
-    """A function of `voxconv.triton_kernels.depthwise`."""
+def launcher(family: str, name: str) -> Callable[..., Tensor]:
+    """A function of `voxconv.triton_kernels.<family>`."""
 
     def launch(*args: Any) -> Tensor:
-        module = importlib.import_module("voxconv.triton_kernels.depthwise")
+        module = importlib.import_module(f"voxconv.triton_kernels.{family}")
         return getattr(module, name)(*args)  # type: ignore[no-any-return]
 
     return launch

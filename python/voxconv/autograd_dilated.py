@@ -24,14 +24,17 @@ _Op = Callable[..., Tensor]
 _ops_of = torch.ops.voxconv
 _FORWARD: dict[str, _Op] = {
     "dilated": _ops_of.dilated_forward.default,
+    "dilated_triton": _ops_of.dilated_forward_triton.default,
     "conv3d": _by_torch.forward,
 }
 _GRAD_INPUT: dict[str, _Op] = {
     "dilated": _ops_of.dilated_grad_input.default,
+    "dilated_triton": _ops_of.dilated_grad_input_triton.default,
     "conv3d": _by_torch.grad_input,
 }
 _GRAD_WEIGHT: dict[str, _Op] = {
     "dilated": _ops_of.dilated_grad_weight.default,
+    "dilated_triton": _ops_of.dilated_grad_weight_triton.default,
     "conv3d": _by_torch.grad_weight,
 }
 
