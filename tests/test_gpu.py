@@ -10,6 +10,7 @@ import torch
 
 import voxconv
 from cases import CASES, LAYOUTS, Case, select
+from dense_cases import SMALL, Dense, assert_dense, public
 from testing import DTYPES, all_passes, assert_case, bitwise_equal, dtype_id, ours
 from voxconv import _ops
 
@@ -145,3 +146,22 @@ def test_mixed_devices_are_refused() -> None:
 
 def test_the_compiled_part_was_built_for_this_gpu() -> None:
     assert "cuda" not in _ops.missing(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [c for c in SMALL if c.channels > 1], ids=str)
+def test_rows_that_are_not_depthwise(case: Dense, layout: str, dtype: torch.dtype) -> None:
+    def run(
+        case: Dense, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        with voxconv.use_backend("triton"):
+            y = public(case, x.cuda(), weight.cuda(), None if bias is None else bias.cuda())
+        return y.cpu()
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        assert_dense(case, case.make(dtype, layout=layout), dtype, run)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before

@@ -55,6 +55,8 @@ def compiling(arch: int) -> Iterator[None]:
             seen.add(key)
             built = run(kernel, *args, grid=None, warmup=True, **constants)
             constants = {name: str(value) for name, value in constants.items()}
+            if "PRECISION" in constants:
+                constants["product"] = f"{constants['PRECISION']} {str(dtypes[0])[6:]}"
             print(json.dumps({"kernel": kernel.__name__, **constants, **usage(built)}), flush=True)
 
     with (

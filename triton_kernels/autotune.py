@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from voxconv._settings import setting
 
@@ -66,7 +67,7 @@ def _plain(value: Any) -> Any:
 
 
 def seconds(launch: Launch, tile: Config) -> float:
-    """Of a launch; without end if the GPU has not enough registers or memory for the tile."""
+    """Of a launch; without end if the tile is too large for the GPU."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     try:
@@ -77,7 +78,7 @@ def seconds(launch: Launch, tile: Config) -> float:
             stop.record()
             stop.synchronize()
             times.append(1e-3 * start.elapsed_time(stop))
-    except triton.runtime.errors.OutOfResources:
+    except TritonError:
         return float("inf")
     return min(times)
 

@@ -19,7 +19,7 @@ from voxconv._layout import empty_in_layout_of, is_channels_last
 
 from . import dilated_plan as plan
 from .autotune import tuned
-from .depthwise_plan import Axes, Axis, AxisTaps
+from .depthwise_plan import Axes, Axis, AxisTaps, ceil_div
 from .dilated_gemm import add_parts, correlate, correlate_weight
 from .dilated_plan import Config
 
@@ -229,7 +229,7 @@ def _add(parts: Tensor, bias: Tensor | None, y: Tensor, splits: int, activation:
     """y, dense in memory, from its parts, if there are any."""
     if splits > 1:
         inner = 1 if is_channels_last(y) else y[0, 0].numel()
-        add_parts[(plan.ceil_div(y.numel(), ADDED),)](
+        add_parts[(ceil_div(y.numel(), ADDED),)](
             parts,
             bias,
             y,
@@ -312,8 +312,8 @@ def _pack(matrices: Tensor, terms: int, columns: int) -> Tensor:
     """Matrices [groups, taps, channels, filters] side by side, with zeros up to whole blocks."""
     groups, taps, channels, filters = matrices.shape
     rows, width = (
-        plan.ceil_div(channels, terms) * terms,
-        plan.ceil_div(filters, columns) * columns,
+        ceil_div(channels, terms) * terms,
+        ceil_div(filters, columns) * columns,
     )
     if (rows, width) == (channels, filters):
         return matrices.contiguous()

@@ -25,7 +25,7 @@ LONGEST_SUM = 2**16
 # Most that the blocks of outputs may have beyond them, as a share.
 SPARE = 0.35
 
-# Sums of a thread for all taps of a program of grad_weight, which has their sources in registers too.
+# Sums of a thread for the taps of a program of grad_weight, whose sources are in registers too.
 MOST_TAP_SUMS = 48
 # Columns of tiles whose elements are loaded and stored one by one: each takes an address.
 MOST_SINGLE = 64
@@ -189,9 +189,7 @@ def _tiles(
     return rows * math.prod(classes) * groups * ceil_div(filters, config.columns)
 
 
-def weight(
-    axes: Axes, batch: int, groups: int, filters: int, channels: int, kind: str
-) -> Cut:
+def weight(axes: Axes, batch: int, groups: int, filters: int, channels: int, kind: str) -> Cut:
     """The plan of `correlate_weight`: the rows are filters, the columns channels of a tap."""
     own = KINDS[kind]
     warps, stages = own.weight

@@ -79,3 +79,30 @@ def reason(problem: Problem) -> str:
     if not _NATIVE[problem.dtype]:
         return f"torch has no quick convolution for {problem.dtype} on this processor"
     return "tiles that stay in the caches, no columns of the volume"
+
+
+# cuDNN's versions with which torch does not use it for halves in NCDHW, but a copy of the volume
+# for each tap and a matrix product (slow_conv_dilated3d).
+_WITHOUT_HALVES = range(90800, 91500)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def gpu_rule(problem: Problem, cudnn: int | None = None) -> tuple[bool, str]:
+    """Whether a convolution that is not depthwise is left to torch on a GPU, and why.
+
+    Nothing of this is measured yet, so cuDNN keeps all that it is known to be good at. Ours take
+    what it, or torch in its place, is known to be slow at. Asymmetric padding and the modes but
+    zeros cost torch a padded copy; they are ours only if `use_backend("triton")` asks for it.
+
+    Args:
+        problem: one that runs on a GPU.
+        cudnn: cuDNN's version, 91002 for 9.10.2; None where there is none.
+    """
+    halves = problem.dtype in _HALVES
+    kernel, _, _, dilation, _ = problem.geometry
+    odd = any(channels % 8 for channels in (problem.x_shape[1], problem.weight_shape[0]))
+    if halves and cudnn in _WITHOUT_HALVES and kernel != (1, 1, 1) and not problem.channels_last:
+        return False, f"torch does not use cuDNN {cudnn} for halves in NCDHW, but copies of columns"
+    if halves and odd and max(dilation) > 1:
+        return False, "dilated, and cuDNN pads channels of halves to multiples of 8 in copies"
+    return True, "left to cuDNN: nothing says that it is slow there"

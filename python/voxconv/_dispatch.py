@@ -144,7 +144,7 @@ def choose(problem: Problem, forced: str | None = None) -> Choice:
 
 def _refusal(problem: Problem, backend: str) -> str | None:
     """Why a backend cannot run a problem."""
-    if not problem.depthwise and backend != "cpu":
+    if not problem.depthwise and backend == "cuda":
         return "not depthwise: an output channel reads several input channels"
     if problem.device != DEVICES[backend]:
         return f"its kernels for {DEVICES[backend]!r} do not run on device {problem.device!r}"
@@ -155,9 +155,12 @@ def _refusal(problem: Problem, backend: str) -> str | None:
 
 def _better_by_torch(problem: Problem) -> str | None:
     """Why the whole problem, all its passes, is better left to torch."""
-    if problem.depthwise or problem.device != "cpu" or problem.dtype not in DTYPES:
+    if problem.depthwise or problem.dtype not in DTYPES:
         return None
-    return _dilated_rule.better_by_torch(problem)
+    if problem.device == DEVICES["triton"] and _refusal(problem, "triton") is None:
+        left, reason = _dilated_rule.gpu_rule(problem, torch.backends.cudnn.version())
+        return reason if left else None
+    return _dilated_rule.better_by_torch(problem) if problem.device == "cpu" else None
 
 
 def _cpu_kernel(problem: Problem) -> Choice:
@@ -189,6 +192,9 @@ def _direct_or_fft(
 
 
 def _triton_kernel(problem: Problem) -> Choice:
+    if not problem.depthwise:
+        left, reason = _dilated_rule.gpu_rule(problem, torch.backends.cudnn.version())
+        return Choice("triton", "dilated_triton", "asked for by use_backend" if left else reason)
     reason = problem.missing.get("cuda", "asked for by use_backend")
     return Choice("triton", "triton", reason)
 

@@ -21,7 +21,8 @@ class Explanation:
 
     Attributes:
         backend: "cpu", "cuda", "triton" or "torch": who computes the result.
-        kernel: the kernel there: "direct", "fft", "triton", or "conv3d" of torch.
+        kernel: the kernel there: "direct", "fft", "triton", "dilated", "dilated_triton", or
+            "conv3d" of torch.
         reason: why this one.
         output_shape: of the result.
         flops: of the result alone: two for each tap of each output.
