@@ -391,6 +391,7 @@ def test_without_the_compiled_part() -> None:
         ("VOXCONV_CUDA_WAY", "fastest"),
         ("VOXCONV_CACHE_MIB", "2GB"),
         ("VOXCONV_CACHE_MIB", "-5"),
+        ("VOXCONV_AUTOTUNE", "yes"),
     ],
 )
 def test_a_setting_that_means_nothing_is_told(name: str, value: str) -> None:
