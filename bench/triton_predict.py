@@ -55,7 +55,7 @@ class Launch:
 
     def __str__(self) -> str:
         taps = f", {self.tile.taps} taps" if self.tile.taps > 1 else ""
-        return f"{self.tile.rows} × {self.tile.columns} × {self.tile.terms}{taps}"
+        return f"{self.tile.rows} × {self.tile.columns} × {self.tile.terms}{taps}"  # noqa: RUF001
 
 
 def up(n: int, block: int) -> int:
@@ -64,8 +64,9 @@ def up(n: int, block: int) -> int:
 
 def launches(case: Dense, dtype: torch.dtype, layout: str) -> dict[str, Launch]:
     """By pass, what the launchers do on a row."""
-    import triton_cubins
     from voxconv.triton_kernels import dilated
+
+    import triton_cubins
 
     found: list[Launch] = []
 
@@ -143,7 +144,7 @@ def resources_table() -> Iterator[str]:
         if kernel["kernel"] == "add_parts":
             continue
         taps = kernel.get("TAPS", "1")
-        tile = f"{kernel['ROWS']} × {kernel['COLUMNS']} × {kernel['TERMS']}"
+        tile = f"{kernel['ROWS']} × {kernel['COLUMNS']} × {kernel['TERMS']}"  # noqa: RUF001
         key = (
             f"`{kernel['kernel']}`",
             tile + (f", {taps} taps" if taps != "1" else ""),

@@ -17,48 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dense(Case):
-    """A :class:`Case` with `filters` output channels and `groups`. ``op`` is "dense" or
-    "transposed"."""
+    """A :class:`Case` with `filters` output channels in `groups`."""
 
-    op: str = "dense"
+    op: str = "dilated"
     filters: int = 1
-    groups: int = 1
-
-    @property
-    def out_channels(self) -> int:
-        return self.filters
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         if self.transposed:
             return self.channels, self.filters // self.groups, *self.kernel
         return self.filters, self.channels // self.groups, *self.kernel
-
-    @property
-    def flops(self) -> int:
-        return super().flops * self.channels // self.groups
-
-    @property
-    def live_flops(self) -> int:
-        return super().live_flops * self.channels // self.groups
-
-    def bytes(self, itemsize: int = 4) -> int:
-        weights = math.prod(self.weight_shape) - self.out_channels * self.taps
-        return super().bytes(itemsize) + itemsize * weights
-
-    def kwargs(self) -> dict[str, Any]:
-        return super().kwargs() | {"groups": self.groups}
-
-    def make(
-        self, dtype: torch.dtype | None = None, seed: int = 0, layout: str | None = None
-    ) -> Tensors:
-        import torch
-
-        drawn = super().make(dtype, seed, layout)
-        generator = torch.Generator().manual_seed(seed + 1)
-        summed = self.taps * self.channels // self.groups
-        weight = torch.randn(self.weight_shape, generator=generator, dtype=torch.float64)
-        return drawn._replace(weight=(weight / math.sqrt(summed)).to(drawn.x.dtype))
 
 
 def _layer(

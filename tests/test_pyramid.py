@@ -43,5 +43,5 @@ def test_activation_follows_each_branch() -> None:
     ("sizes", "dilations"), [((), ()), ((3, 3), (1,)), ((3,), (0,)), ((0,), (1,))]
 )
 def test_refuses(sizes: Any, dilations: Any) -> None:
-    with pytest.raises(ValueError, match="kernel_size|dilation"):
+    with pytest.raises(ValueError, match=r"kernel_size|dilation"):
         nn.DilatedPyramid3d(2, 3, sizes, dilations)
