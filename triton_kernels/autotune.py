@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def tuned(name: str, x: Tensor, problem: Any, tiles: Sequence[Config], launch: L
 
     `name` and `problem` are all that the time depends on, but for the dtype of x and the GPU.
     """
-    if setting("VOXCONV_AUTOTUNE") != "1" or not _can_time(x):
+    if not _wanted() or not _can_time(x):
         return tiles[0]
     key = _key(name, x, problem)
     found = choices.get(key)
@@ -49,6 +50,11 @@ def tuned(name: str, x: Tensor, problem: Any, tiles: Sequence[Config], launch: L
         found = min(tiles, key=lambda tile: seconds(launch, tile))
         choices.put(key, found)
     return found
+
+
+@cache
+def _wanted() -> bool:
+    return setting("VOXCONV_AUTOTUNE") == "1"
 
 
 def _can_time(x: Tensor) -> bool:
