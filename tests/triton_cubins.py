@@ -33,6 +33,9 @@ import dense_cases
 from cases import CHANNELS_LAST, MODES, Case
 from dense_cases import Dense
 
+ROWS = {**cases.BY_NAME, **dense_cases.BY_NAME}
+assert len(ROWS) == len(cases.BY_NAME) + len(dense_cases.BY_NAME), "a name is used twice"
+
 
 @contextmanager
 def compiling(arch: int) -> Iterator[None]:
@@ -138,10 +141,9 @@ def main(arch: str, *rows: str) -> None:
     with compiling(int(arch)):
         for row in rows:
             name, dtype, layout = row.split(":")
-            known = dense_cases.BY_NAME if name in dense_cases.BY_NAME else cases.BY_NAME
             precise = dtype == "ieee"
             torch.backends.cudnn.conv.fp32_precision = "ieee" if precise else "tf32"
-            launch(known[name], torch.float32 if precise else getattr(torch, dtype), layout)
+            launch(ROWS[name], torch.float32 if precise else getattr(torch, dtype), layout)
 
 
 if __name__ == "__main__":

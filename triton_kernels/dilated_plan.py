@@ -81,7 +81,7 @@ KINDS = {
         sums=64,
         tiles={16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 8, 3), 128: (128, 8, 3)},
         positions=32,
-        weight=(4, 3),
+        weight=(4, 2),
     ),
     "float32": Kind(
         columns=(16, 64),
