@@ -27,9 +27,9 @@ from unittest import mock
 import torch
 
 import _path  # noqa: F401
-from cases import LAYOUTS, NCDHW
+from cases import LAYOUTS, NCDHW, Case
 from conditions import ROOT
-from dense_cases import MODELS, Dense
+from dense_cases import MODELS
 
 PAGE = ROOT / "docs" / "dilated.md"
 SHARES, RESOURCES = "shares", "resources"
@@ -62,7 +62,7 @@ def up(n: int, block: int) -> int:
     return -(-n // block) * block
 
 
-def launches(case: Dense, dtype: torch.dtype, layout: str) -> dict[str, Launch]:
+def launches(case: Case, dtype: torch.dtype, layout: str) -> dict[str, Launch]:
     """By pass, what the launchers do on a row."""
     from voxconv.triton_kernels import dilated
 
@@ -98,7 +98,7 @@ def launches(case: Dense, dtype: torch.dtype, layout: str) -> dict[str, Launch]:
     return dict(zip(PASSES, found, strict=True))
 
 
-def share(case: Dense, launch: Launch) -> float:
+def share(case: Case, launch: Launch) -> float:
     """Of the products that are made, those of cells that exist."""
     return case.live_flops / 2 / launch.products
 

@@ -91,6 +91,12 @@ class Case:
         return self.taps * self.channels // self.blocks
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        if self.transposed:
+            return self.channels, self.out_channels // self.blocks, *self.kernel
+        return self.out_channels, self.channels // self.blocks, *self.kernel
+
+    @property
     def span(self) -> Triple:
         """Cells from the first to the last tap, per axis."""
         kd, kh, kw = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
@@ -196,10 +202,7 @@ class Case:
             last = layout == CHANNELS_LAST
             return t.contiguous(memory_format=torch.channels_last_3d) if last else t.contiguous()
 
-        if self.transposed:
-            weight = randn(self.channels, self.out_channels // self.blocks, *self.kernel)
-        else:
-            weight = randn(self.out_channels, self.channels // self.blocks, *self.kernel)
+        weight = randn(*self.weight_shape)
         return Tensors(
             dress(randn(self.n, self.channels, *self.size)),
             (weight / math.sqrt(self.products)).to(dtype),

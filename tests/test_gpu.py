@@ -10,7 +10,7 @@ import torch
 
 import voxconv
 from cases import CASES, LAYOUTS, Case, select
-from dense_cases import SMALL, Dense, assert_dense, public
+from dense_cases import SMALL
 from testing import DTYPES, all_passes, assert_case, bitwise_equal, dtype_id, ours
 from voxconv import _ops
 
@@ -151,17 +151,11 @@ def test_the_compiled_part_was_built_for_this_gpu() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [c for c in SMALL if c.channels > 1], ids=str)
-def test_rows_that_are_not_depthwise(case: Dense, layout: str, dtype: torch.dtype) -> None:
-    def run(
-        case: Dense, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        with voxconv.use_backend("triton"):
-            y = public(case, x.cuda(), weight.cuda(), None if bias is None else bias.cuda())
-        return y.cpu()
-
+def test_rows_that_are_not_depthwise(case: Case, layout: str, dtype: torch.dtype) -> None:
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:
-        assert_dense(case, case.make(dtype, layout=layout), dtype, run)
+        tensors = case.make(dtype, layout=layout)
+        assert_case(case, tensors, dtype, partial(on_gpu, "triton"), versus_torch=True)
     finally:
         torch.backends.cudnn.conv.fp32_precision = before

@@ -164,9 +164,7 @@ def test_row_agrees_with_torch_about_the_output(case: Case) -> None:
             torch.empty(shape, device="meta")
             for shape in (
                 (row.n, row.channels, *row.size),
-                (row.channels, row.out_channels // row.blocks, *row.kernel)
-                if row.transposed
-                else (row.out_channels, row.channels // row.blocks, *row.kernel),
+                row.weight_shape,
                 (row.out_channels,),
             )
         )

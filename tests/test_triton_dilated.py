@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import voxconv
-from cases import CHANNELS_LAST, LAYOUTS, MODES, NCDHW, Tensors
-from dense_cases import BY_NAME, MODELS, SMALL, Dense, assert_dense, public, reference
-from testing import DTYPES, all_passes, bitwise_equal, dtype_id, on, ops_called
+from cases import CHANNELS_LAST, LAYOUTS, MODES, NCDHW, Case, Tensors
+from dense_cases import BY_NAME, MODELS, SMALL
+from testing import (
+    DTYPES,
+    all_passes,
+    assert_case,
+    bitwise_equal,
+    dtype_id,
+    on,
+    ops_called,
+    reference,
+)
+from testing import ours as public
 from voxconv import _dispatch
 from voxconv._dispatch import Choice, Problem
 from voxconv._geometry import Geometry
@@ -39,13 +49,13 @@ TRITON = Plan(*("dilated_triton",) * 3, channel_sum="triton", activates=True)
 LAST = ("odd", "wide", "groups", "stride_dilation_pairs", "reflect", "vectors", "up_groups")
 
 
-def _geometry(case: Dense) -> Geometry:
+def _geometry(case: Case) -> Geometry:
     pads = tuple(side for pair in case.pads for side in pair)
     return Geometry(case.kernel, case.stride, pads, case.dilation, MODES.index(case.mode))
 
 
 def ours(
-    case: Dense, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     if case.transposed:
         size = case.out_size
@@ -67,15 +77,15 @@ def whole() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_rows(case: Dense) -> None:
-    assert_dense(case, case.make(), torch.float32, ours)
+def test_rows(case: Case) -> None:
+    assert_case(case, case.make(), torch.float32, ours, versus_torch=True)
 
 
 @pytest.mark.parametrize("name", LAST)
 def test_channels_last(name: str) -> None:
     case = BY_NAME[name]
     tensors = case.make(layout=CHANNELS_LAST)
-    assert_dense(case, tensors, torch.float32, ours)
+    assert_case(case, tensors, torch.float32, ours, versus_torch=True)
     y = ours(case, *tensors[:3])
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -84,7 +94,7 @@ def test_channels_last(name: str) -> None:
 @pytest.mark.parametrize("name", ["odd", "groups", "replicate", "up_phases"])
 def test_sums_in_one_part(name: str) -> None:
     case = BY_NAME[name]
-    assert_dense(case, case.make(), torch.float32, ours)
+    assert_case(case, case.make(), torch.float32, ours, versus_torch=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,7 +102,7 @@ def test_sums_in_one_part(name: str) -> None:
 @pytest.mark.parametrize("name", ["odd", "vectors", "circular_stride", "up_groups"])
 def test_other_dtypes(name: str, dtype: torch.dtype, layout: str) -> None:
     case = BY_NAME[name]
-    assert_dense(case, case.make(dtype, layout=layout), dtype, ours)
+    assert_case(case, case.make(dtype, layout=layout), dtype, ours, versus_torch=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
@@ -123,7 +133,9 @@ def test_any_strides(name: str) -> None:
     ]
     x, weight, grad = (t[..., ::2, :].transpose(-1, -2) for t in wide)
     assert not x.is_contiguous()
-    assert_dense(case, Tensors(x, weight, tensors.bias, grad), torch.float32, ours)
+    assert_case(
+        case, Tensors(x, weight, tensors.bias, grad), torch.float32, ours, versus_torch=True
+    )
 
 
 @pytest.mark.parametrize("name", ["odd", "stride_dilation_pairs", "up"])
@@ -159,7 +171,7 @@ def test_empty_batch(name: str) -> None:
 def test_offsets_of_64_bits() -> None:
     case = BY_NAME["stride_dilation_pairs"]
     with mock.patch.object(dilated, "_offset", return_value=tl.int64):
-        assert_dense(case, case.make(), torch.float32, ours)
+        assert_case(case, case.make(), torch.float32, ours, versus_torch=True)
     for depth, offset in ((63, tl.int32), (64, tl.int64)):
         x = torch.empty(1, 32, depth, 2**10, 2**10, device="meta")
         assert dilated._offset(x, x[:, :1]) == offset
@@ -211,7 +223,7 @@ def test_second_derivatives() -> None:
 # What is chosen.
 
 
-def _choice(forced: str | None = None, case: Dense | None = None, **changes: Any) -> Choice:
+def _choice(forced: str | None = None, case: Case | None = None, **changes: Any) -> Choice:
     case = case or BY_NAME["meshnet_21_d4@256"]
     fields = {
         "op": "forward",
@@ -243,7 +255,7 @@ OURS, TORCH = ("triton", "dilated_triton"), ("torch", "conv3d")
     ],
 )
 def test_a_gpu_keeps_what_cudnn_is_good_at(
-    case: Dense, changes: dict[str, Any], expected: tuple[str, str], words: str
+    case: Case, changes: dict[str, Any], expected: tuple[str, str], words: str
 ) -> None:
     choice = _choice(None, case, **changes)
     assert choice[:2] == expected
@@ -266,7 +278,7 @@ def test_versions_of_cudnn_that_torch_does_not_use_for_halves(
 
 
 @pytest.mark.parametrize("case", [FEW, EVEN], ids=str)
-def test_backends_asked_for_on_a_gpu(case: Dense) -> None:
+def test_backends_asked_for_on_a_gpu(case: Case) -> None:
     assert _choice("triton", case)[:2] == OURS
     assert _choice("torch", case)[:2] == TORCH
     with pytest.raises(NotImplementedError, match="not depthwise"):
@@ -291,14 +303,14 @@ def test_fake_tensors_of_a_gpu() -> None:
     assert "multiples of 8" in str(explained)
 
 
-def _axes(case: Dense) -> tuple[Axis, Axis, Axis]:
+def _axes(case: Case) -> tuple[Axis, Axis, Axis]:
     size, out = (case.out_size, case.size) if case.transposed else (case.size, case.out_size)
     axes = zip(size, out, case.kernel, case.stride, case.dilation, case.pads, strict=True)
     d, h, w = (Axis(*axis[:-1], axis[-1][0]) for axis in axes)
     return d, h, w
 
 
-def _cuts(case: Dense, kind: str, align: int) -> Iterator[tuple[str, plan.Cut, list[plan.Cut]]]:
+def _cuts(case: Case, kind: str, align: int) -> Iterator[tuple[str, plan.Cut, list[plan.Cut]]]:
     """By pass: the plan, and those of its variants."""
     axes, groups = _axes(case), case.groups
     source, target = case.channels // groups, case.filters // groups
@@ -320,7 +332,7 @@ def _cuts(case: Dense, kind: str, align: int) -> Iterator[tuple[str, plan.Cut, l
 @pytest.mark.parametrize("align", [1, 8])
 @pytest.mark.parametrize("kind", plan.KINDS)
 @pytest.mark.parametrize("case", MODELS, ids=str)
-def test_plans(case: Dense, kind: str, align: int) -> None:
+def test_plans(case: Case, kind: str, align: int) -> None:
     """Tiles that Triton can make, enough programs, little scratch; and the order of the sums does
     not depend on a choice among variants."""
     for which, own, others in _cuts(case, kind, align):
@@ -343,7 +355,7 @@ def test_plans(case: Dense, kind: str, align: int) -> None:
 
 
 def test_vectors_need_all_numbers_to_fit() -> None:
-    def align(case: Dense, layout: str, dtype: torch.dtype = torch.bfloat16) -> int:
+    def align(case: Case, layout: str, dtype: torch.dtype = torch.bfloat16) -> int:
         x = case.make(dtype, layout=layout).x
         units = (dilated._unit(x),) * 2
         _, _, w = _axes(case)
@@ -351,8 +363,14 @@ def test_vectors_need_all_numbers_to_fit() -> None:
         lined = dilated._lined(units[0], whole, w.source, w.target, w.before, w.dilation)
         return dilated._alignment(x, x, units, case.channels, case.channels, lined)
 
-    case = Dense(
-        "", channels=12, filters=12, size=(2, 2, 16), dilation=(1, 1, 4), padding=(0, 0, 4)
+    case = Case(
+        "",
+        op="dilated",
+        channels=12,
+        filters=12,
+        size=(2, 2, 16),
+        dilation=(1, 1, 4),
+        padding=(0, 0, 4),
     )
     assert align(case, NCDHW) == 4
     assert align(case, CHANNELS_LAST) == 4
@@ -374,7 +392,7 @@ def test_launchers_take_the_tuned_tile(monkeypatch: pytest.MonkeyPatch) -> None:
             return args[2][at]
 
         monkeypatch.setattr(dilated, "tuned", tuned)
-        assert_dense(case, case.make(), torch.float32, ours)
+        assert_case(case, case.make(), torch.float32, ours, versus_torch=True)
         assert asked == ["correlate", "correlate", "weight"]
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from cases import LAYOUTS
+from cases import LAYOUTS, Case
 from cuda_kernels import ROOT
-from dense_cases import MODELS, Dense
+from dense_cases import MODELS
 
 pytest.importorskip("triton")
 sys.path.append(str(ROOT / "bench"))
@@ -37,7 +37,7 @@ def test_machine_code_is_as_the_page_says() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", MODELS, ids=str)
-def test_all_products_are_made(case: Dense, layout: str) -> None:
+def test_all_products_are_made(case: Case, layout: str) -> None:
     """Those of cells that exist, and not many times as many where channels fill the blocks."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for which, launch in triton_predict.launches(case, dtype, layout).items():

@@ -169,22 +169,23 @@ def by_torch(
     case: Case, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The row as a user would write it with torch alone: a padded copy and ``F.conv3d``."""
+    flat = [side for pair in reversed(case.pads) for side in pair]
     if case.transposed:
-        pads = tuple(before for before, _ in case.pads)
-        return F.conv_transpose3d(
+        even = all(a == b for a, b in case.pads)
+        y = F.conv_transpose3d(
             x,
             weight,
             bias,
             case.stride,
-            pads,
+            tuple(a if even else 0 for a, _ in case.pads),
             case.output_padding,
             case.blocks,
             case.dilation,
         )
+        return y if even else F.pad(y, [-side for side in flat])
     if case.mode == "zeros" and all(a == b for a, b in case.pads):
         pads = tuple(a for a, _ in case.pads)
         return F.conv3d(x, weight, bias, case.stride, pads, case.dilation, case.blocks)
-    flat = [side for pair in reversed(case.pads) for side in pair]
     wide = x if case.mode == "zeros" or x.dtype not in HALVES else x.float()
     padded = F.pad(wide, flat, "constant" if case.mode == "zeros" else case.mode).to(x.dtype)
     return F.conv3d(padded, weight, bias, case.stride, 0, case.dilation, case.blocks)

@@ -31,7 +31,6 @@ from voxconv.triton_kernels import depthwise, dilated
 import cases
 import dense_cases
 from cases import CHANNELS_LAST, MODES, Case
-from dense_cases import Dense
 
 ROWS = {**cases.BY_NAME, **dense_cases.BY_NAME}
 assert len(ROWS) == len(cases.BY_NAME) + len(dense_cases.BY_NAME), "a name is used twice"
@@ -117,7 +116,7 @@ def launch(case: Case, dtype: torch.dtype, layout: str) -> None:
     size, out = (case.out_size, case.size) if case.transposed else (case.size, case.out_size)
     pads = tuple(side for pair in case.pads for side in pair)
     geometry = (case.stride, pads, case.dilation, MODES.index(case.mode))
-    if isinstance(case, Dense):
+    if case.filters:
         filters, channels = case.filters, case.channels
         if case.transposed:
             filters, channels = channels, filters

@@ -42,7 +42,6 @@ constexpr int kLines = Form::K > 7                  ? 1
                        : Form::K > 5 || Form::S > 1 ? 2
                                                     : 4;
 
-constexpr int kPlanesThreads = 128;  // of a block, at most
 // Blocks that a multiprocessor is to hold, of which follow the registers of a thread.
 template <class Form>
 constexpr int kPlanesResident = Form::K == 5 && Form::KD == 5 && Form::S == 1    ? 2
@@ -110,7 +109,7 @@ __device__ __forceinline__ void add_plane(const T* cells, int pitch, const Sum<T
 // blockDim is [tile_w / kColumns, tile_h / kLines, channels of a block]; blocks are counted by
 // tiles, then by slabs, then by channels.
 template <class T, int KD, int K, int SD, int S_>
-__global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<Stencil<KD, K, SD, S_>>)
+__global__ void __launch_bounds__(kWalkThreads, kPlanesResident<Stencil<KD, K, SD, S_>>)
     depthwise_planes(PlanesShape a, const T* source, const T* weight, const T* bias, T* target) {
   using S = Sum<T>;
   using Form = Stencil<KD, K, SD, S_>;
@@ -216,10 +215,6 @@ __global__ void __launch_bounds__(kPlanesThreads, kPlanesResident<Stencil<KD, K,
   wait_for_copies<0>();
 }
 
-// Threads of a block along W, at most, and its shared memory: what it may have without asking for
-// more.
-constexpr int kPlanesWide = 16;
-constexpr size_t kPlanesShared = 48 << 10;
 // A plane of the source that a slab shares with the next takes this part of one of its own.
 constexpr double kPlanesEnds = 0.2;
 
@@ -274,21 +269,13 @@ void launch_planes(const Launch& launch, const Conv3dShape& shape, bool backward
     a.shared = KD * K * kTapPitch<K> * int(sizeof(Sum<T>)) + 2 * a.plane * int(sizeof(T));
     return a.shared;
   };
-  const int64_t depth = own(0, 1), phases = int64_t(a.step[0]) * a.step[1] * a.step[2];
-  Tile tile;
-  double least = 0;
-  for (int64_t slabs = 1; slabs <= depth; slabs += ceil_div(slabs, 3)) {
-    const int64_t slab = ceil_div(depth, slabs);
-    const Tile found =
-        best_tile(own(2, kColumns), own(1, kHigh), a.targets, phases * slabs, kPlanesWide,
-                  kPlanesThreads, double(K - S) / (S * kHigh), kPlanesShared, shared);
-    const double cost = found.cost * (slab + kPlanesEnds * (KD - 1) / SD);
-    if (least != 0 && cost >= least) continue;
-    least = cost;
-    tile = found;
-    a.slab = static_cast<int>(slab);
-  }
-  a.slabs = static_cast<int>(ceil_div(depth, a.slab));
+  const int64_t phases = int64_t(a.step[0]) * a.step[1] * a.step[2];
+  const Walk walk =
+      best_walk(own(0, 1), kPlanesEnds * (KD - 1) / SD, own(2, kColumns), own(1, kHigh), a.targets,
+                phases, double(K - S) / (S * kHigh), shared);
+  const Tile& tile = walk.tile;
+  a.slab = walk.slab;
+  a.slabs = walk.slabs;
   a.tile_w = tile.wide * kColumns;
   a.tile_h = tile.high * kHigh;
   a.tiles_w = static_cast<int>(ceil_div(own(2, 1), a.tile_w));

@@ -38,8 +38,7 @@ struct UpShape {
 constexpr int kUpColumns = 8;  // of a thread
 template <class Form>
 constexpr int kUpLines = Form::K == 3 ? 2 : 1;
-constexpr int kUpThreads = 128;  // of a block, at most
-constexpr int kUpResident = 3;   // blocks that a multiprocessor is to hold
+constexpr int kUpResident = 3;  // blocks that a multiprocessor is to hold
 
 // The columns of a thread begin with the kUpSecond-th of a pair; they read kUpWindow cells of the
 // source, from kUpBack in front of the cell q of the first one on; and in front of the cells of a
@@ -96,7 +95,7 @@ __device__ __forceinline__ void add_plane_up(
 // blockDim is [tile_w / kUpColumns, tile_h / kUpLines, channels of a block]; blocks are counted by
 // tiles, then by slabs, then by channels.
 template <class T, int KD, int K, int SD>
-__global__ void __launch_bounds__(kUpThreads, kUpResident)
+__global__ void __launch_bounds__(kWalkThreads, kUpResident)
     depthwise_planes_up(UpShape a, const T* source, const T* weight, const T* bias, T* target) {
   using S = Sum<T>;
   using Form = Stencil<KD, K, SD, 2>;
@@ -188,8 +187,6 @@ __global__ void __launch_bounds__(kUpThreads, kUpResident)
   wait_for_copies<0>();
 }
 
-constexpr int kUpWide = 16;  // threads of a block along W, at most
-constexpr size_t kUpShared = 48 << 10;
 // A plane of the source that a slab shares with the next takes this part of one of its own.
 constexpr double kUpEnds = 0.5;
 
@@ -236,19 +233,11 @@ void launch_planes_up(const Launch& launch, const Conv3dShape& shape, const T* s
     return a.shared;
   };
   const int64_t columns = ceil_div(a.target[2], kUpColumns), lines = ceil_div(pairs[1], kHigh);
-  Tile tile;
-  double least = 0;
-  for (int64_t slabs = 1; slabs <= a.pairs_d; slabs += ceil_div(slabs, 3)) {
-    const int64_t slab = ceil_div(a.pairs_d, slabs);
-    const Tile found = best_tile(columns, lines, a.targets, slabs, kUpWide, kUpThreads,
-                                 double(K - 1) / 2 / kHigh, kUpShared, shared);
-    const double cost = found.cost * (slab + kUpEnds * ((KD - 1) / SD));
-    if (least != 0 && cost >= least) continue;
-    least = cost;
-    tile = found;
-    a.slab = static_cast<int>(slab);
-  }
-  a.slabs = static_cast<int>(ceil_div(a.pairs_d, a.slab));
+  const Walk walk = best_walk(a.pairs_d, kUpEnds * ((KD - 1) / SD), columns, lines, a.targets, 1,
+                              double(K - 1) / 2 / kHigh, shared);
+  const Tile& tile = walk.tile;
+  a.slab = walk.slab;
+  a.slabs = walk.slabs;
   a.tile_w = tile.wide * kUpColumns;
   a.tile_h = tile.high * kHigh;
   a.tiles_w = static_cast<int>(ceil_div(columns, tile.wide));

@@ -106,6 +106,35 @@ int bytes_of_copy(const SourceTile& a, int tile, int first, const T* source) {
   return bytes;
 }
 
+// Threads of a block that walks through planes, at most, and of them along W; and its shared
+// memory: what it may have without asking for more.
+constexpr int kWalkThreads = 128, kWalkWide = 16;
+constexpr size_t kWalkShared = 48 << 10;
+
+// The tile of a walk, and how `planes` are shared out among blocks.
+struct Walk {
+  Tile tile;
+  int slab = 0, slabs = 0;  // planes of a slab; slabs
+};
+
+// The best one, see best_tile; a slab takes as long as `ends` planes more than it has.
+template <class Shared>
+Walk best_walk(int64_t planes, double ends, int64_t columns, int64_t lines, int64_t targets,
+               int64_t times, double halo, const Shared& shared) {
+  Walk best;
+  double least = 0;
+  for (int64_t slabs = 1; slabs <= planes; slabs += ceil_div(slabs, 3)) {
+    const int64_t slab = ceil_div(planes, slabs);
+    const Tile tile = best_tile(columns, lines, targets, times * slabs, kWalkWide, kWalkThreads,
+                                halo, kWalkShared, shared);
+    const double cost = tile.cost * (slab + ends);
+    if (least != 0 && cost >= least) continue;
+    least = cost;
+    best = {tile, static_cast<int>(slab), static_cast<int>(ceil_div(planes, slab))};
+  }
+  return best;
+}
+
 // Taps of a kernel along D, along H and W, and from a destination to the next along these.
 template <int KD_, int K_, int SD_, int S_>
 struct Stencil {

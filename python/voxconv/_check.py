@@ -67,7 +67,7 @@ def check(
     batch = x_shape[0] if len(x_shape) == 5 else 1
     channels, d, h, w = x_shape[-4:]
     size = (d, h, w)
-    depthwise = groups is None
+    named = groups is None or family is not None
     out_channels, groups = check_channels(transposed, x_shape, weight_shape, bias_shape, groups)
     kernel = (weight_shape[2], weight_shape[3], weight_shape[4])
     if transposed:
@@ -78,9 +78,8 @@ def check(
     out_shape = (batch, out_channels, *out)
     _check_bytes(out_shape, dtypes[0])
     # Several filters of a single channel are for the depthwise kernels only if asked for.
-    asked = forced is not None or depthwise
-    depthwise = groups == channels and (asked or is_depthwise(channels, out_channels, groups))
-    depthwise = depthwise and family != "dilated"
+    asked = forced is not None or named or is_depthwise(channels, out_channels, groups)
+    depthwise = groups == channels and family != "dilated" and asked
     problem = Problem(
         op="forward",
         device=devices[0].type,

@@ -3,8 +3,8 @@
 
 A pure function of the problem. torch's oneDNN is near the roof in float32, and past it in halves
 where the processor multiplies them, if channels fill its blocks and tensors are channels_last_3d;
-ours is as near from either layout, skips padding, and has a backward pass for dilations. Measured
-on AVX-512, bench/run.py --op dilated --tag dense_model.
+ours is as near from either layout, skips padding, and has a backward pass for dilations. The bounds
+follow timings of the rows tagged dense_model with AVX-512 (bench/run.py --op dilated times them).
 """
 
 from __future__ import annotations

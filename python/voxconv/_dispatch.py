@@ -115,7 +115,7 @@ class use_backend:
 def is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
     """Whether a convolution is one for the depthwise kernels.
 
-    Several filters of a single channel are left to torch: there they are one matrix product.
+    Several filters of a single channel are not: there they are one matrix product.
     """
     return groups == channels and (channels > 1 or out_channels == 1)
 
@@ -154,7 +154,7 @@ def _refusal(problem: Problem, backend: str) -> str | None:
 
 
 def _better_by_torch(problem: Problem) -> str | None:
-    """Why the whole problem, all its passes, is better left to torch."""
+    """Why a pass is better left to torch."""
     if problem.depthwise or problem.dtype not in DTYPES:
         return None
     if problem.device == DEVICES["triton"] and _refusal(problem, "triton") is None:

@@ -44,7 +44,7 @@ def conv3d(
     *,
     activation: str | None = None,
 ) -> Tensor:
-    """3-D convolution; depthwise ones run on our kernels, all others on torch.
+    """3-D convolution, by our kernels or, pass by pass, by torch where it is quicker.
 
     Equivalent to: `F.conv3d(input, weight, bias, stride, padding, dilation, groups)`, and like
     `torch.nn.Conv3d` for the other padding modes.
@@ -191,7 +191,7 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: IntOrTriple = 1,
 ) -> Tensor:
-    """Transposed 3-D convolution; depthwise ones run on our kernels, all others on torch.
+    """Transposed 3-D convolution, by our kernels or, pass by pass, by torch where it is quicker.
 
     Equivalent to: `F.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups,
     dilation)`.
@@ -263,16 +263,13 @@ def _convolve(
     if call.plan is None:
         y = _torch_conv3d(x, weight, bias, call)
     else:
-        given = (
-            (call.geometry, call.plan)
-            if call.depthwise
-            else (call.geometry, call.groups, call.plan)
-        )
-        forward = depthwise_forward if call.depthwise else dilated_forward
+        more: tuple[int, ...] = ()
         if then and call.plan.activates and not watched((x, weight, bias)):
-            y, then = forward(x, weight, bias, *given, then), 0
+            more, then = (then,), 0
+        if call.depthwise:
+            y = depthwise_forward(x, weight, bias, call.geometry, call.plan, *more)
         else:
-            y = forward(x, weight, bias, *given)
+            y = dilated_forward(x, weight, bias, call.geometry, call.groups, call.plan, *more)
     y = activate(y, then) if then else y
     return y if batched else y.squeeze(0)
 
@@ -409,7 +406,7 @@ def settle(
         groups,
         mode_index(padding_mode),
         triple(output_padding, "output_padding"),
-        x.dim() == 5 and groups != x.shape[1] and is_channels_last(x),
+        groups is not None and x.dim() == 5 and groups != x.shape[1] and is_channels_last(x),
         family,
         forced,
     )
