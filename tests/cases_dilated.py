@@ -90,6 +90,8 @@ ODD = _tagged(
         _conv("dense3_c30", 3, (30, 30), (3, 3, 35)),
         _conv("dense3_many", 3, (70, 41), (2, 3, 8)),
         _conv("dense3_many_in", 3, (530, 3), (2, 4, 9)),
+        _conv("dense3_many_in_rows", 3, (530, 11), (2, 9, 20), dilation=(1, 1, 2)),
+        _conv("dense3_many_in_cut", 3, (530, 3), (1, 3, 40), dilation=(1, 1, 17)),
         _conv("dense3_rows", 3, (3, 4), (2, 37, 5)),
         _conv("dense3_groups_of_one", 3, (6, 4), (4, 5, 9), groups=2, stride=(1, 2, 1)),
         _conv("dense7_small", 7, (2, 3), (3, 4, 5)),

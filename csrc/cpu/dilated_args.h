@@ -13,6 +13,9 @@
 
 namespace voxconv {
 
+// Vectors of an output that a kernel sums up at a time, at most.
+constexpr int64_t kMostVectors = 8;
+
 struct AxisTap {
   int32_t tap, offset;
 };
@@ -68,7 +71,7 @@ struct DilatedArgs {
   ColumnPlanView w;
   int64_t pitch, plane_pitch, channel_pitch;  // of staged rows, planes and channels
   int64_t in_chunk;                           // channels that are staged at a time
-  int64_t vectors;                            // of a tile and a class of w, at most
+  int64_t sum_vectors;                        // of a tile, what may be written behind included
 
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t units() const { return batch * groups * target_size[0] * h.tile_count; }

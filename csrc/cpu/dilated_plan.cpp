@@ -9,11 +9,14 @@ namespace {
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
-// Whether one of `count` destinations meets a cell with a tap.
-bool is_live(const AxisPlan& plan, int64_t offset, int64_t count, int mode) {
-  if (mode != kZeros) return true;
-  const int64_t first = std::max<int64_t>(0, ceil_div(std::max<int64_t>(-offset, 0), plan.stride));
-  return first < count && plan.stride * first + offset < plan.source;
+// Of `count` destinations those that meet a cell with a tap.
+struct Range {
+  int64_t begin, end;
+};
+Range live(const AxisPlan& plan, int64_t offset, int64_t count, int mode) {
+  if (mode != kZeros) return {0, count};
+  return {ceil_div(std::max<int64_t>(-offset, 0), plan.stride),
+          std::min(count, ceil_div(std::max<int64_t>(plan.source - offset, 0), plan.stride))};
 }
 
 }  // namespace
@@ -32,7 +35,8 @@ AxisPlan axis_plan(const Axis& axis, int mode, bool backwards) {
       const int64_t reach = first + axis.before - k * axis.dilation;
       if (backwards && reach % step != 0) continue;
       const int64_t offset = backwards ? reach / step : k * axis.dilation - axis.before;
-      if (is_live(plan, offset, count, mode))
+      const Range met = live(plan, offset, count, mode);
+      if (met.begin < met.end)
         plan.taps.push_back({static_cast<int32_t>(k), static_cast<int32_t>(offset)});
     }
     const auto by_offset = [](const AxisTap& a, const AxisTap& b) { return a.offset < b.offset; };
@@ -64,7 +68,6 @@ void DilatedPlan::plan_planes(const AxisPlan& d, const Axis& axis, int mode) {
 // Cells that are read with one residue of the stride lie side by side in a staged row: so are those
 // of neighbouring destinations.
 void DilatedPlan::plan_columns(const AxisPlan& w, int64_t lanes) {
-  column_classes_ = w.classes;
   column_taps_ = w.taps;
   int64_t longest = 0;
   for (const AxisClass& c : w.classes) longest = std::max<int64_t>(longest, c.count);
@@ -90,6 +93,34 @@ void DilatedPlan::plan_columns(const AxisPlan& w, int64_t lanes) {
     pitch_ += count;
   }
   pitch_ = std::max(round_up(pitch_, lanes), lanes);
+}
+
+// Cuts classes of columns, between vectors, into pieces that leave out taps which meet no cell.
+void DilatedPlan::cut_columns(const AxisPlan& w, int mode, int64_t lanes) {
+  const std::vector<AxisTap> staged = std::move(column_taps_);
+  column_taps_.clear();
+  for (const AxisClass& c : w.classes) {
+    std::vector<Range> met;  // by each tap, in whole vectors
+    std::vector<int64_t> cuts = {0, c.count};
+    for (int32_t i = c.begin; i < c.end; ++i) {
+      const Range range = live(w, w.taps[i].offset, c.count, mode);
+      met.push_back({range.begin / lanes * lanes, round_up(range.end, lanes)});
+      for (const int64_t cut : {met.back().begin, met.back().end})
+        if (cut < c.count) cuts.push_back(cut);
+    }
+    std::sort(cuts.begin(), cuts.end());
+    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    for (size_t piece = 0; piece + 1 < cuts.size(); ++piece) {
+      const int64_t from = cuts[piece];
+      const auto begin = static_cast<int32_t>(column_taps_.size());
+      for (int32_t i = c.begin; i < c.end; ++i)
+        if (met[i - c.begin].begin <= from && from < met[i - c.begin].end)
+          column_taps_.push_back({staged[i].tap, static_cast<int32_t>(staged[i].offset + from)});
+      column_classes_.push_back({static_cast<int32_t>(c.first + c.step * from), c.step,
+                                 static_cast<int32_t>(cuts[piece + 1] - from), begin,
+                                 static_cast<int32_t>(column_taps_.size())});
+    }
+  }
 }
 
 // Tiles of so many rows. Returns the most slots that one of a class needs: taps whose rows overlap,
@@ -139,15 +170,10 @@ void DilatedPlan::choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels
   const int64_t blocks = block_count(a.out, kernels.most_out);
   const int64_t vectors = weights ? 1 : kernels.vectors(ceil_div(a.out, blocks));
   const double room = double(caches().second_bytes) / 2 / double(kernels.item_bytes);
-  int64_t row_vectors = 0, tallest = 0, columns = 0;
-  for (const AxisClass& c : column_classes_) {
-    row_vectors = std::max(row_vectors, ceil_div(c.count, lanes));
-    columns += ceil_div(c.count, lanes);
-  }
+  int64_t tallest = 0, columns = 0;
+  for (const AxisClass& c : column_classes_) columns += ceil_div(c.count, lanes);
   for (const AxisClass& c : h.classes) tallest = std::max<int64_t>(tallest, c.count);
-  const double macs = double(a.in * a.out * most_planes_) *
-                      double(h.taps.size() * column_taps_.size()) /
-                      double(h.classes.size() * column_classes_.size());
+  const double row_taps = double(most_planes_) * double(h.taps.size()) / double(h.classes.size());
   const int64_t others = a.batch * a.groups * a.target_size[0] * int64_t(h.classes.size());
   int64_t best = 1;
   double least = 0;
@@ -155,12 +181,16 @@ void DilatedPlan::choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels
     const int64_t slots = plan_rows(h, rows), tiles = ceil_div(tallest, rows);
     const double staged = double(planes * slots * pitch_);
     const double chunks = std::max(1.0, double(a.in) * staged / room);
-    const int64_t made = columns * rows, done = round_up(row_vectors * rows, vectors);
-    double clocks = macs / 2 * double(done) / double(row_vectors * rows) * double(made);
+    double products = 0;  // of vectors, for a channel read and one made
+    for (const AxisClass& c : column_classes_)
+      products += row_taps * double(c.end - c.begin) *
+                  double(round_up(ceil_div(c.count, lanes) * rows, vectors));
+    double clocks = double(a.in * a.out) * products / 2;
     clocks +=
         kCopyClocks * double(a.in) * staged / double(lanes) * double(weights ? most_planes_ : 1);
-    clocks += kSpillClocks * (chunks - 1) * double(a.out * made);
-    if (weights) clocks += macs * 8;  // sums of lanes
+    clocks += kSpillClocks * (chunks - 1) * double(a.out * columns * rows);
+    if (weights)  // sums of lanes
+      clocks += 8 * double(a.in * a.out) * row_taps * double(column_taps_.size());
     clocks *= double(tiles);
     if (others * tiles < kFewestTiles) clocks *= double(kFewestTiles) / double(others * tiles);
     if (least != 0 && clocks >= least) continue;
@@ -174,7 +204,7 @@ void DilatedPlan::choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels
   const auto fits = static_cast<int64_t>(room / double(a.channel_pitch));
   a.in_chunk = std::clamp<int64_t>(fits, std::min<int64_t>(a.in, 8), a.in);
   a.in_chunk = ceil_div(a.in, ceil_div(a.in, a.in_chunk));
-  a.vectors = best * row_vectors;
+  a.sum_vectors = columns * best + int64_t(column_classes_.size()) * kMostVectors;
   a.h = {row_classes_.data(),
          row_taps_.data(),
          slots_.data(),
@@ -200,7 +230,13 @@ DilatedPlan::DilatedPlan(const DilatedShape& shape, Pass pass, const DilatedKern
     a.target_size[i] = backwards ? axis[i].in : axis[i].out;
   }
   plan_planes(axis_plan(axis[0], a.mode, backwards), axis[0], a.mode);
-  plan_columns(axis_plan(axis[2], a.mode, backwards), kernels.lanes);
+  const AxisPlan columns = axis_plan(axis[2], a.mode, backwards);
+  plan_columns(columns, kernels.lanes);
+  // A weight has the sums of a whole row.
+  if (pass == Pass::grad_weight)
+    column_classes_ = columns.classes;
+  else
+    cut_columns(columns, a.mode, kernels.lanes);
   choose_tile(axis_plan(axis[1], a.mode, backwards), pass, kernels, a);
   a.planes = planes_.data();
   a.plane_begin = plane_begin_.data();

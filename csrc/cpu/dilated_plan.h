@@ -30,6 +30,7 @@ class DilatedPlan {
  private:
   void plan_planes(const AxisPlan& d, const Axis& axis, int mode);
   void plan_columns(const AxisPlan& w, int64_t lanes);
+  void cut_columns(const AxisPlan& w, int mode, int64_t lanes);
   int64_t plan_rows(const AxisPlan& h, int64_t rows);
   void choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels& kernels, DilatedArgs& a);
 
