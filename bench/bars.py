@@ -3,7 +3,7 @@
 
     python bench/bars.py                    # everything, about half an hour
     python bench/bars.py --only dilation    # the bars with this word in their name
-    python bench/bars.py --json             # results/<device>/bars.json and suite.json
+    python bench/bars.py --json             # results/<device>/bars.json, suite.json and so on
 
 The exit status is 1 if a bar is missed, or if other processes kept the machine busy.
 Kernel rows are timed one pass at a time, with their tensors in three places: which pages a tensor
@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,133 +30,12 @@ import testing
 import voxconv
 from cases import BY_NAME, CHANNELS_LAST, NCDHW, select
 from conditions import AUTO, BUSY, Others, conditions, one_line, write_json
+from promises import BARS, DILATED, SUITES, Bar
 from rivals import OURS, TORCH_LAYOUTS, Problem, make_call
 from roofline import summary
 from rows import Bench, Options, Row, geomean
-from run import LOSING, SUITE_MODES, SUITE_TAG, Table, add_common, suite
+from run import Table, add_common, suite
 from timing import interleaved
-
-PASSES = ("fwd", "grad_input", "grad_weight")
-DW5 = ("bar_dw5_48@48", "bar_dw5_64@32", "bar_dw5_96@24")
-DW7 = ("uxnet_dw7_48@48", "bar_dw7_64@32", "uxnet_dw7_96@24")
-DW3 = ("bar_dw3_48@48",)
-DW21 = ("bar_dw21_48@24",)
-STRIDE2 = ("bar_stride2_dw3_48@48", "bar_stride2_dw5_48@48", "bar_stride2_dw7_48@48")
-DENSE_BARS = ("dense3_32@48", "dense3_32@48_dilation2")
-DENSE_64 = ("dense3_16@32_dilation2",)
-MESHNET = tuple(f"meshnet_30_dilation{d}@64" for d in (4, 8, 16))
-DILATED = {
-    "bar_dw3_48@48": ("bar_dilation2_dw3_48@48", "bar_dilation3_dw3_48@48"),
-    "bar_dw3_32@64": ("bar_dilation2_dw3_32@64", "bar_dilation3_dw3_32@64"),
-    "bar_dw5_48@48": ("bar_dilation2_dw5_48@48", "bar_dilation3_dw5_48@48"),
-    "uxnet_dw7_48@48": ("bar_dilation2_dw7_48@48", "bar_dilation3_dw7_48@48"),
-}
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One promise: every figure that ``metric`` finds for ``rows`` and ``modes`` keeps it."""
-
-    name: str
-    metric: str
-    threshold: float
-    rows: tuple[str, ...] = ()
-    modes: tuple[str, ...] = PASSES
-    rival: str = ""
-    dtype: torch.dtype = torch.float32
-
-
-BARS = (
-    Bar("dw5, dw7 forward, share of roof", "roof", 0.80, DW5 + DW7, ("fwd",)),
-    Bar("dw5, dw7 grad_input, share of roof", "roof", 0.80, DW5 + DW7, ("grad_input",)),
-    Bar("dw5, dw7 grad_weight, share of roof", "roof", 0.65, DW5 + DW7, ("grad_weight",)),
-    Bar("dw3 forward, share of roof", "roof", 0.60, DW3, ("fwd",)),
-    Bar("dw3 grad_input, share of roof", "roof", 0.60, DW3, ("grad_input",)),
-    Bar("dw3 grad_weight, share of roof", "roof", 0.50, DW3, ("grad_weight",)),
-    Bar("channels_last_3d time over NCDHW", "layout", 1.2, DW5 + DW7 + DW3),
-    Bar("dilation 2, 3 time over dilation 1", "dilation", 1.3, tuple(DILATED)),
-    Bar("stride 2, share of roof", "roof", 0.40, STRIDE2),
-    Bar("bfloat16 time over float32", "bfloat16", 1.3, DW5 + DW7 + DW3),
-    Bar("float16 time over float32", "float16", 1.3, DW5 + DW7 + DW3),
-    Bar("dw21 forward, x better torch layout", "speedup", 5, DW21, ("fwd",), "best"),
-    Bar("dw21 backward, x better torch layout", "speedup", 15, DW21, ("bwd",), "best"),
-    Bar("suite forward, geomean x F.conv3d NCDHW", "suite", 10, (), ("fwd",), "conv3d"),
-    Bar("suite forward, geomean x better layout", "suite", 2.5, (), ("fwd",), "best"),
-    Bar("suite fwd+bwd, geomean x F.conv3d NCDHW", "suite", 25, (), ("full",), "conv3d"),
-    Bar("suite fwd+bwd, geomean x better layout", "suite", 8, (), ("full",), "best"),
-    Bar("suite, slowest row x better layout", "slowest", LOSING, (), SUITE_MODES, "best"),
-    Bar("call overhead over F.conv3d, us", "overhead", 20, (), ("fwd",)),
-    *(
-        bar
-        for dtype in (torch.bfloat16, torch.float16)
-        for kind in [testing.dtype_id(dtype)]
-        for bar in (
-            Bar(
-                f"dense {kind} forward, x better layout",
-                "speedup",
-                100,
-                DENSE_BARS,
-                ("fwd",),
-                "best",
-                dtype,
-            ),
-            Bar(
-                f"dense {kind} fwd+bwd, x better layout",
-                "speedup",
-                50,
-                DENSE_BARS,
-                ("full",),
-                "best",
-                dtype,
-            ),
-            Bar(f"dense {kind} time over float32", kind, 1.5, DENSE_BARS, ("fwd", "full")),
-        )
-    ),
-    Bar(
-        "dense float64 forward, x better layout",
-        "speedup",
-        8,
-        DENSE_64,
-        ("fwd",),
-        "best",
-        torch.float64,
-    ),
-    Bar(
-        "dense float64 fwd+bwd, x better layout",
-        "speedup",
-        5,
-        DENSE_64,
-        ("full",),
-        "best",
-        torch.float64,
-    ),
-    Bar("dense MeshNet forward, x NCDHW", "speedup", 2.5, MESHNET, ("fwd",), "conv3d"),
-    Bar("dense MeshNet fwd+bwd, x NCDHW", "speedup", 1.7, MESHNET, ("full",), "conv3d"),
-    Bar(
-        "dense suite, slowest row x better layout",
-        "speedup",
-        LOSING,
-        tuple(case.name for case in select("dense_model")),
-        SUITE_MODES,
-        "best",
-    ),
-    Bar(
-        "dense stride 2, x F.pad and F.conv3d",
-        "speedup",
-        1,
-        ("meshnet_30_stride2@64",),
-        SUITE_MODES,
-        "best",
-    ),
-    Bar(
-        "dense MeshNet 128^3, extra MB",
-        "memory",
-        64,
-        ("meshnet_30_dilation16@128",),
-        ("fwd",),
-        dtype=torch.bfloat16,
-    ),
-)
 
 
 class Figure(NamedTuple):
@@ -167,11 +46,11 @@ class Figure(NamedTuple):
 
 
 class Lab:
-    """Measures what the metrics ask for; the suite only once."""
+    """Measures what the metrics ask for; a suite only once."""
 
     def __init__(self, options: Options) -> None:
         self.bench = Bench(options, testing.DTYPES)
-        self.suite_rows: list[Row] = []
+        self.suites: dict[str, list[Row]] = {}  # by tag
 
     @contextlib.contextmanager
     def having(self, **changes: Any) -> Iterator[Options]:
@@ -183,12 +62,12 @@ class Lab:
         finally:
             self.bench.options = before
 
-    def suite(self) -> list[Row]:
-        if not self.suite_rows:
+    def suite(self, tag: str) -> list[Row]:
+        if tag not in self.suites:
             table = Table(self.bench.options.rivals)
-            self.suite_rows = suite(self.bench, table, select(SUITE_TAG))
-            table.foot(self.suite_rows)
-        return self.suite_rows
+            self.suites[tag] = suite(self.bench, table, select(tag))
+            table.foot(self.suites[tag])
+        return self.suites[tag]
 
     def row(
         self, name: str, mode: str, rivals: tuple[str, ...], dtype: torch.dtype = torch.float32
@@ -222,6 +101,12 @@ def _speedup(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
     return [Figure(f"{name} {mode}", row["speedup"].get(bar.rival, math.nan))]
 
 
+def _emulated(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
+    """Ours and torch as on a processor whose oneDNN has no convolution of the type."""
+    with torch.backends.mkldnn.flags(enabled=False), lab.having(backend="cpu"):
+        return _speedup(lab, bar, name, mode)
+
+
 def _memory(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
     """What a call takes beyond its result."""
     row = lab.row(name, mode, (), bar.dtype)
@@ -250,15 +135,15 @@ def _dilation(lab: Lab, bar: Bar, name: str, mode: str) -> list[Figure]:
 
 def _suite(lab: Lab, bar: Bar) -> list[Figure]:
     (mode,) = bar.modes
-    mean, used, total = geomean(lab.suite(), mode, bar.rival)
-    right = all(row["check"] == "ok" for row in lab.suite())
+    mean, used, total = geomean(lab.suite(bar.tag), mode, bar.rival)
+    right = all(row["check"] == "ok" for row in lab.suite(bar.tag))
     return [Figure(f"{used} of {total} rows {mode}", mean if right else math.nan)]
 
 
 def _slowest(lab: Lab, bar: Bar) -> list[Figure]:
     return [
         Figure(f"{row['case']} {row['mode']}", row["speedup"].get(bar.rival, math.nan))
-        for row in lab.suite()
+        for row in lab.suite(bar.tag)
         if any("median_ms" in row["times"][name] for name in TORCH_LAYOUTS)
     ]
 
@@ -281,6 +166,7 @@ PerRow = Callable[[Lab, Bar, str, str], list[Figure]]
 PER_ROW: dict[str, PerRow] = {
     "roof": _roof,
     "speedup": _speedup,
+    "emulated": _emulated,
     "layout": _layout,
     "bfloat16": _dtype,
     "float16": _dtype,
@@ -292,8 +178,8 @@ WHOLE: dict[str, Callable[[Lab, Bar], list[Figure]]] = {
     "slowest": _slowest,
     "overhead": _overhead,
 }
-AT_LEAST = ("roof", "speedup", "suite", "slowest")
-ONE_PLACE = ("speedup", "memory")  # far from its threshold, and the rival takes seconds
+AT_LEAST = ("roof", "speedup", "emulated", "suite", "slowest")
+ONE_PLACE = ("speedup", "emulated", "memory")  # far from its threshold, and the rival takes seconds
 PLACES = 3
 BALLAST = 8 << 20  # elements that are held, so that the next tensors get other pages
 
@@ -370,26 +256,29 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     where, started = conditions(), time.monotonic()
     lab = Lab(Options(args.seconds, args.cap))
-    verdicts = []
+    verdicts: dict[str, list[dict[str, Any]]] = {}
     with Others() as others:
-        for bar in BARS:
-            if any(word in bar.name for word in args.only):
-                verdicts.append(judge(lab, bar))
-                announce(verdicts[-1], args.verbose)
+        for name, bars in BARS.items():
+            for bar in bars:
+                if any(word in bar.name for word in args.only):
+                    verdict = judge(lab, bar)
+                    verdicts.setdefault(name, []).append(verdict)
+                    announce(verdict, args.verbose)
     where["others_cpu"] = others.share
-    print("\n" + "\n".join(map(line, verdicts)))
+    judged = [verdict for found in verdicts.values() for verdict in found]
+    print("\n" + "\n".join(map(line, judged)))
     busy = (others.share or 0.0) > BUSY
     void = "; not valid, the machine was busy" if busy else ""
-    print(f"{sum(v['holds'] for v in verdicts)} of {len(verdicts)} bars hold{void}")
+    print(f"{sum(v['holds'] for v in judged)} of {len(judged)} bars hold{void}")
     print(f"{one_line(where)}; {time.monotonic() - started:.0f} s")
     if args.json:
         content = {"conditions": where, "roofs": summary(lab.bench.roofs)}
-        print(f"wrote {write_json(args.json, 'bars', 'cpu', content | {'bars': verdicts})}")
-        if lab.suite_rows:
-            path = AUTO if args.json == AUTO else args.json.with_stem(args.json.stem + "_suite")
-            written = write_json(path, "suite", "cpu", content | {"rows": lab.suite_rows})
-            print(f"wrote {written}")
-    if busy or not all(v["holds"] for v in verdicts):
+        files = {name: {"bars": found} for name, found in verdicts.items()}
+        files |= {SUITES[tag]: {"rows": rows} for tag, rows in lab.suites.items()}
+        for name, figures in files.items():
+            path = AUTO if args.json == AUTO else args.json.with_stem(f"{args.json.stem}_{name}")
+            print(f"wrote {write_json(path, name, 'cpu', content | figures)}")
+    if busy or not all(v["holds"] for v in judged):
         raise SystemExit(1)
 
 

@@ -6,7 +6,7 @@
 
 A table goes between two lines of a page, and no figure in it is typed by hand:
 
-    <!-- bench:begin -->       or  <!-- bench:begin full -->  or  <!-- bench:begin bars -->
+    <!-- bench:begin -->       or  <!-- bench:begin full -->  or another name of BLOCKS
     <!-- bench:end -->
 """
 
@@ -18,6 +18,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,9 @@ def summary(page: Path) -> Iterator[str]:
         yield foot(path, content, page)
 
 
-def full(page: Path) -> Iterator[str]:
+def full(page: Path, name: str = "suite") -> Iterator[str]:
     """Every row that was measured."""
-    for path, content in load("suite"):
+    for path, content in load(name):
         rows = content["rows"]
         for mode in modes(rows):
             yield from _table([row for row in rows if row["mode"] == mode], rows, mode)
@@ -141,9 +142,9 @@ def full(page: Path) -> Iterator[str]:
         yield foot(path, content, page)
 
 
-def bars(page: Path) -> Iterator[str]:
+def bars(page: Path, name: str = "bars") -> Iterator[str]:
     """The promised speeds and what was measured."""
-    for path, content in load("bars"):
+    for path, content in load(name):
         yield "| promised | at least / most | measured | worst row | holds |"
         yield "|---|--:|--:|---|---|"
         for bar in content["bars"]:
@@ -162,6 +163,8 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "summary": summary,
     "full": full,
     "bars": bars,
+    "dense_full": partial(full, name="dense_suite"),
+    "dense_bars": partial(bars, name="dense_bars"),
 }
 
 

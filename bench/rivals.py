@@ -79,7 +79,7 @@ def _our_gradient(case: Case, t: Tensors, mode: str) -> Call:
     geometry, plan, size = like.geometry, like.plan, t.x.shape[2:]
     if plan is None:
         return _torch_gradient(case, t, mode)
-    if case.filters:
+    if not like.depthwise:
         given = (geometry, case.groups, plan)
         if mode == "grad_weight":
             return lambda: autograd_dilated.dilated_grad_weight(t.grad, t.x, *given)

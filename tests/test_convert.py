@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import voxconv
 from voxconv import _ops
+from voxconv._dilated_rule import _NATIVE
 from voxconv.convert import ConvertReport, Layer, convert, revert
 
 compiled = pytest.mark.skipif(not _ops.has_cpu(), reason="needs the compiled part")
@@ -73,7 +74,7 @@ class TestByDefault:
         assert _names(report.left) == DENSE
         assert report.total == 9
         assert all(layer.reason.startswith("cpu") for layer in report.swapped)
-        assert all("not depthwise" in layer.reason for layer in report.left)
+        assert all("one tap" in layer.reason for layer in report.left)
         for name in DEPTHWISE:
             assert type(model.get_submodule(name)).__module__.startswith("voxconv")
         for name in DENSE:
@@ -85,7 +86,7 @@ class TestByDefault:
         assert "1 x  Conv3d(4, 4, k=5, groups=4)" in text
         assert "ConvTranspose3d(8, 8, k=3, stride=2, groups=8)" in text
         assert "Conv3d(4, 4, k=3x1x3, groups=4)" in text
-        assert "5 x  torch: not depthwise  stem, mix.0, mix.2 and 2 more" in text
+        assert "5 x  torch: a kernel of one tap is a matrix product  stem, mix.0, mix.2 and" in text
         assert max(map(len, text.splitlines())) <= 120
 
     def test_forced_backend_does_not_matter(self) -> None:
@@ -95,7 +96,19 @@ class TestByDefault:
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
     def test_dtypes_and_devices(self, dtype: torch.dtype, device: str) -> None:
-        assert _names(convert(Net().to(device, dtype)).swapped) == DEPTHWISE
+        swapped = _names(convert(Net().to(device, dtype)).swapped)
+        if _NATIVE[dtype] or dtype == torch.float64:
+            assert swapped == DEPTHWISE
+        else:  # torch has no quick matrix product either
+            assert len(swapped) == 9
+
+    def test_dense_layers_with_a_pass_of_ours(self) -> None:
+        layers = [nn.Conv3d(c, c, 3, padding=4, dilation=4) for c in (5, 64)]
+        report = convert(nn.Sequential(*layers, nn.Conv3d(64, 64, 3)))
+        assert _names(report.swapped) == ["0", "1"]
+        assert report.swapped[0].reason == "cpu, dilated"
+        assert report.swapped[1].reason.startswith("cpu, dilated: grad_input and grad_weight,")
+        assert "oneDNN" in report.left[0].reason
 
     def test_unknown_dtype_is_left(self) -> None:
         report = convert(nn.Conv3d(2, 2, 3, groups=2, dtype=torch.complex64))

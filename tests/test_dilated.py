@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import voxconv
-from cases import CHANNELS_LAST, LAYOUTS, Case, scaled_down, select
+from cases import BY_NAME, CHANNELS_LAST, LAYOUTS, Case, scaled_down, select
 from testing import (
     DTYPES,
+    accumulation_eps,
     all_passes,
     assert_case,
     bitwise_equal,
+    by_torch,
     dtype_id,
     on,
     ops_called,
     ours,
     reference,
+    rms,
+    summands,
 )
 from voxconv._layout import is_channels_last
 
@@ -49,6 +55,19 @@ def test_channels_last(case: Case) -> None:
 def test_as_dispatched(case: Case, layout: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_case(case, case.make(dtype, layout=layout), dtype, versus_torch=True)
+
+
+@pytest.mark.parametrize("name", ["meshnet_30_dilation2@64", "dense3_32@48"])
+def test_full_size(name: str) -> None:
+    """Tiles and chunks of channels as they are in a network, which small rows do not have."""
+    case = BY_NAME[name]
+    tensors = case.make()
+    expected = all_passes(by_torch, case, tensors)
+    with on("dilated"):
+        got = all_passes(ours, case, tensors)
+    for which, value in expected.items():
+        sums = math.sqrt(summands(case, which)) * accumulation_eps(torch.float32)
+        torch.testing.assert_close(got[which], value, rtol=0, atol=16 * sums * rms(value))
 
 
 @pytest.mark.parametrize("case", select("dense"), ids=str)

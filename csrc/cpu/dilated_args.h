@@ -66,6 +66,7 @@ struct DilatedArgs {
   Activation activation;
   const PlaneTap* planes;
   const int32_t* plane_begin;  // of a destination plane
+  const int32_t* plane_order;  // destination planes, those that read the same ones in turn
   int64_t most_planes;
   RowPlanView h;
   ColumnPlanView w;

@@ -2,6 +2,7 @@
 #include "dilated_plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace voxconv {
 
@@ -63,6 +64,12 @@ void DilatedPlan::plan_planes(const AxisPlan& d, const Axis& axis, int mode) {
     most_planes_ = std::max<int64_t>(most_planes_, end - plane_begin_.back());
     plane_begin_.push_back(end);
   }
+  // Planes so far apart read the same ones but for `fresh_planes_`.
+  const int64_t apart = axis.dilation / std::gcd(axis.dilation, d.stride);
+  for (int64_t first = 0; first < std::min(apart, size); ++first)
+    for (int64_t plane = first; plane < size; plane += apart)
+      plane_order_.push_back(static_cast<int32_t>(plane));
+  fresh_planes_ = std::min(d.stride, most_planes_);
 }
 
 // Cells that are read with one residue of the stride lie side by side in a staged row: so are those
@@ -181,13 +188,15 @@ void DilatedPlan::choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels
     const int64_t slots = plan_rows(h, rows), tiles = ceil_div(tallest, rows);
     const double staged = double(planes * slots * pitch_);
     const double chunks = std::max(1.0, double(a.in) * staged / room);
+    const double copied = weights      ? double(most_planes_)
+                          : chunks > 1 ? 1
+                                       : double(fresh_planes_) / double(planes);
     double products = 0;  // of vectors, for a channel read and one made
     for (const AxisClass& c : column_classes_)
       products += row_taps * double(c.end - c.begin) *
                   double(round_up(ceil_div(c.count, lanes) * rows, vectors));
     double clocks = double(a.in * a.out) * products / 2;
-    clocks +=
-        kCopyClocks * double(a.in) * staged / double(lanes) * double(weights ? most_planes_ : 1);
+    clocks += kCopyClocks * double(a.in) * staged / double(lanes) * copied;
     clocks += kSpillClocks * (chunks - 1) * double(a.out * columns * rows);
     if (weights)  // sums of lanes
       clocks += 8 * double(a.in * a.out) * row_taps * double(column_taps_.size());
@@ -240,6 +249,7 @@ DilatedPlan::DilatedPlan(const DilatedShape& shape, Pass pass, const DilatedKern
   choose_tile(axis_plan(axis[1], a.mode, backwards), pass, kernels, a);
   a.planes = planes_.data();
   a.plane_begin = plane_begin_.data();
+  a.plane_order = plane_order_.data();
   a.most_planes = most_planes_;
   a.w = {column_classes_.data(), column_taps_.data(), segments_.data(),
          static_cast<int64_t>(column_classes_.size()), static_cast<int64_t>(segments_.size())};

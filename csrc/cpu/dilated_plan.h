@@ -35,13 +35,13 @@ class DilatedPlan {
   void choose_tile(const AxisPlan& h, Pass pass, const DilatedKernels& kernels, DilatedArgs& a);
 
   std::vector<PlaneTap> planes_;
-  std::vector<int32_t> plane_begin_;
+  std::vector<int32_t> plane_begin_, plane_order_;
   std::vector<AxisClass> row_classes_, column_classes_;
   std::vector<AxisTap> row_taps_, column_taps_;
   std::vector<int32_t> slots_, slot_begin_;
   std::vector<RowTile> tiles_;
   std::vector<RowSegment> segments_;
-  int64_t pitch_ = 0, most_planes_ = 0;
+  int64_t pitch_ = 0, most_planes_ = 0, fresh_planes_ = 0;
 };
 
 }  // namespace voxconv

@@ -30,6 +30,8 @@ BLOCK = 16  # channels that oneDNN works on at a time
 # Pairs of channels from which on its products are worth the reordering of an NCDHW tensor, and with
 # channels_last_3d tensors, which need none.
 MANY_PAIRS = {False: 2048, True: 100}
+# Bytes of an NCDHW tensor from which on torch's copies of it are fresh pages at every call.
+LARGE = 32 << 20
 # torch takes im2col and a matrix product, and not oneDNN, for one sample with so few lines of cells
 # and kernels of so many taps along H and W; that is as quick from so many pairs of channels on.
 FEW_LINES, SHORT_KERNEL, PRODUCT_PAIRS = 20480, 3, 4096
@@ -67,11 +69,23 @@ def _forward(problem: Problem) -> str | None:
         return f"oneDNN has products of {problem.dtype} on this processor"
     if pairs < MANY_PAIRS[problem.channels_last]:
         return None
+    if not problem.channels_last and _is_reordered_slowly(problem):
+        return None
     if problem.channels_last:
         return "oneDNN is near the roof in channels_last_3d"
     if own % BLOCK or (filters // groups) % BLOCK:
         return None
     return "oneDNN is near the roof with channels in blocks of 16"
+
+
+def _is_reordered_slowly(problem: Problem) -> bool:
+    """Whether bringing NCDHW tensors into oneDNN's order takes longer than its products."""
+    if problem.op == "grad_weight":
+        return False
+    if problem.transposed:
+        return problem.op == "grad_input"
+    size = math.prod(problem.x_shape) * problem.dtype.itemsize
+    return max(problem.geometry.stride) > 1 and size >= LARGE
 
 
 def reason(problem: Problem) -> str:

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import nn
-from ._dispatch import is_depthwise, use_backend
+from ._dispatch import use_backend
 from ._geometry import paddings, pairs, span, triple
 from .explain import explain
 
@@ -108,10 +108,11 @@ def convert(
 ) -> ConvertReport:
     """Swap the 3-D convolutions of a model, in place, for those of `voxconv.nn`.
 
-    By default only layers that a voxconv kernel would run are swapped. Left alone, with the reason
-    in the report: subclasses of torch's layers, layers whose forward was replaced, lazy layers that
-    have not seen an input, layers with arguments or parameters that voxconv refuses. Converting
-    twice changes nothing.
+    By default only layers are swapped of which a voxconv kernel would run a pass, forward or
+    backward, of an NCDHW input some 32 cells wide; what runs is decided again at every call, for
+    the input that it gets. Left alone, with the reason in the report: subclasses of torch's layers,
+    layers whose forward was replaced, lazy layers that have not seen an input, layers with
+    arguments or parameters that voxconv refuses. Converting twice changes nothing.
 
     Equivalent to: `module.__class__ = voxconv.nn.Conv3d` for each `torch.nn.Conv3d`, and likewise
     for `ConvTranspose3d`.
@@ -245,16 +246,14 @@ def _set_class(layer: _ConvNd, target: type[Module]) -> None:
 
 
 def _who_runs(layer: _ConvNd) -> tuple[bool, str]:
-    """Whether a kernel of ours runs this layer where it is now, and which, or why none.
+    """Whether a kernel of ours runs a pass of this layer where it is now, and which, or why none.
 
-    The size of the input is not known yet: one somewhat larger than the kernel and the padding is
+    The input is not known yet: one in NCDHW and somewhat larger than the kernel and the padding is
     supposed. A number that was set in place of three is taken as torch takes it.
 
     Raises:
         TypeError, ValueError: those of a call.
     """
-    if not is_depthwise(layer.in_channels, layer.out_channels, layer.groups):
-        return False, "torch: not depthwise"
     parameter = next(layer.parameters(), torch.empty(()))
     device = "cpu" if parameter.device.type == "meta" else parameter.device
     kernel = triple(layer.kernel_size, "kernel_size")
@@ -266,7 +265,7 @@ def _who_runs(layer: _ConvNd) -> tuple[bool, str]:
     def stand_in(*shape: int) -> Tensor:
         return cell.expand(shape)
 
-    first, second = layer.out_channels, 1
+    first, second = layer.out_channels, layer.in_channels // layer.groups
     if layer.transposed:
         first, second = layer.in_channels, layer.out_channels // layer.groups
     with use_backend(None):
@@ -282,9 +281,16 @@ def _who_runs(layer: _ConvNd) -> tuple[bool, str]:
             padding_mode=layer.padding_mode,
             transposed=layer.transposed,
         )
-    if explanation.backend == "torch":
+    ours = {
+        name: f"{choice.backend}, {choice.kernel}"
+        for name, choice in explanation.passes._asdict().items()
+        if choice.backend != "torch"
+    }
+    if not ours:
         return False, f"torch: {explanation.reason}"
-    return True, f"{explanation.backend}, {explanation.kernel}"
+    if "forward" in ours:
+        return True, ours["forward"]
+    return True, f"{next(iter(ours.values()))}: {' and '.join(ours)}, the rest by torch"
 
 
 def _text(layer: _ConvNd) -> str:
