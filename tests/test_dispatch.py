@@ -413,3 +413,23 @@ def test_fake_tensors_of_a_gpu() -> None:
         y = voxconv.depthwise_conv3d(x, weight, bias, stride=2, padding=1, activation="relu")
     assert y.shape == (2, 4, 3, 4, 4)
     assert y.device.type == "cuda"
+
+
+@needs_kernels
+def test_no_large_copies_by_torch() -> None:
+    """oneDNN brings NCDHW tensors into an order of its own: not those of a large volume."""
+    weight = torch.empty((), dtype=torch.float32).expand(64, 64, 3, 3, 3)
+    cell = torch.empty(())
+    small, large = (cell.expand(1, 64, n, n, n) for n in (32, 96))
+    assert voxconv.explain(small, weight, padding=1).backend == "torch"
+    assert {p.backend for p in voxconv.explain(large, weight, padding=1).passes} == {"cpu"}
+
+
+@needs_kernels
+def test_transposed_layers_that_torch_reorders_slowly() -> None:
+    x, weight = torch.empty(1, 64, 8, 32, 32), torch.empty(64, 32, 2, 2, 2)
+    passes = voxconv.explain(x, weight, stride=2, transposed=True).passes
+    assert passes.forward.backend == "cpu"
+    assert passes.grad_input.backend == passes.grad_weight.backend == "torch"
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    assert voxconv.explain(last, weight, stride=2, transposed=True).backend == "torch"

@@ -32,6 +32,8 @@ BLOCK = 16  # channels that oneDNN works on at a time
 MANY_PAIRS = {False: 2048, True: 100}
 # Bytes of an NCDHW tensor from which on torch's copies of it are fresh pages at every call.
 LARGE = 32 << 20
+# Of all of them, at most: more is slow, and more memory than this package wants to take unseen.
+MOST_REORDERED = 64 << 20
 # torch takes im2col and a matrix product, and not oneDNN, for one sample with so few lines of cells
 # and kernels of so many taps along H and W; that is as quick from so many pairs of channels on.
 FEW_LINES, SHORT_KERNEL, PRODUCT_PAIRS = 20480, 3, 4096
@@ -65,6 +67,8 @@ def _forward(problem: Problem) -> str | None:
     one = batch == 1 and groups == 1 and max(kernel[1:]) <= SHORT_KERNEL
     if one and channels * d * h <= FEW_LINES:
         return "one matrix product of columns" if pairs >= PRODUCT_PAIRS else None
+    if not problem.channels_last and _reordered_bytes(problem) > MOST_REORDERED:
+        return None
     if problem.dtype != torch.float32:
         return f"oneDNN has products of {problem.dtype} on this processor"
     if pairs < MANY_PAIRS[problem.channels_last]:
@@ -76,6 +80,14 @@ def _forward(problem: Problem) -> str | None:
     if own % BLOCK or (filters // groups) % BLOCK:
         return None
     return "oneDNN is near the roof with channels in blocks of 16"
+
+
+def _reordered_bytes(problem: Problem) -> int:
+    """What oneDNN's copies of the NCDHW tensors take."""
+    d, h, w = problem.x_shape[2:]
+    outputs = problem.weight_shape[0] * math.prod(problem.geometry.out_size((d, h, w)))
+    cells = math.prod(problem.x_shape) + problem.x_shape[0] * outputs
+    return cells * problem.dtype.itemsize
 
 
 def _is_reordered_slowly(problem: Problem) -> bool:
