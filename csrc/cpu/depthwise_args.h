@@ -8,6 +8,8 @@
 
 namespace voxconv {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A 5-D tensor; strides in elements.
 struct Strided {
   void* data;

@@ -27,7 +27,11 @@ std::optional<Way> asked_way() {
     constexpr struct {
       const char* name;
       Way way;
-    } ways[] = {{"flat", Way::flat}, {"rows", Way::rows}, {"channels", Way::channels}};
+    } ways[] = {{"flat", Way::flat},
+                {"rows", Way::rows},
+                {"channels", Way::channels},
+                {"direct", Way::direct},
+                {"winograd", Way::winograd}};
     const char* name = std::getenv("VOXCONV_CPU_WAY");
     for (const auto& way : ways)
       if (name && std::strcmp(name, way.name) == 0) return way.way;

@@ -19,8 +19,8 @@ struct CostTable {
   bool whole_tiles;
 };
 
-// Planes as lines, rows, lanes over channels.
-enum class Way { flat, rows, channels };
+// Depthwise: planes as lines, rows, lanes over channels. Dilated: all products, or Winograd's.
+enum class Way { flat, rows, channels, direct, winograd };
 
 // What VOXCONV_CPU_WAY asks for, where it can do a pass; none: costs decide.
 std::optional<Way> asked_way();

@@ -62,8 +62,6 @@ inline double ratio(int64_t a, int64_t b) {
   return static_cast<double>(a) / static_cast<double>(b);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t round_up(int64_t cells, int64_t lanes) { return ceil_div(cells, lanes) * lanes; }
 
 // An odd number of cache lines: rows above each other do not compete for the same few of them.

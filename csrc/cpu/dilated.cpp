@@ -40,22 +40,26 @@ void correlate(const DilatedShape& shape, Pass pass, const Tensor& source, const
   const DilatedKernels& kernels = dilated_kernels(element_of(source));
   DilatedArgs a;
   const DilatedPlan plan(shape, pass, kernels, a);
+  const WinogradPlan winograd(shape, pass, kernels, a);
+  const bool in_pairs = a.winograd.most_pairs > 0;
+  const CorrelateKernels& run = in_pairs ? kernels.winograd : kernels.direct;
   a.source = strided(source);
   a.target = strided(target);
   a.activation = activation;
   const Memory wide_bias = widened(bias, source, a.groups * a.out);
   a.bias = wide_bias.get();
   const Tensor from = contiguous(weight);
-  const Memory packed = allocate(from.numel() * kernels.item_bytes);
+  const int64_t taps = in_pairs ? 16 * a.kernel[2] : a.taps();
+  const Memory packed = allocate(a.groups * a.out * a.in * taps * kernels.item_bytes);
   const int64_t blocks = block_count(a.out, kernels.most_out);
   parallel_for(
       a.groups * blocks, 1 + (1 << 14) / (a.in * a.taps()), [&](int64_t begin, int64_t end) {
-        kernels.pack_weight(a, from.data_ptr(), pass == Pass::grad_input, begin, end, packed.get());
+        run.pack_weight(a, from.data_ptr(), pass == Pass::grad_input, begin, end, packed.get());
       });
   a.weight = packed.get();
-  const size_t bytes = kernels.correlate_scratch(a);
+  const size_t bytes = run.scratch(a);
   parallel_for(a.units(), 1, [&](int64_t begin, int64_t end) {
-    kernels.correlate(a, begin, end, scratch(bytes));
+    run.run(a, begin, end, scratch(bytes));
   });
 }
 

@@ -56,6 +56,18 @@ struct ColumnPlanView {
   int64_t class_count, segment_count;
 };
 
+// Rows first + (2 * pair + i) * apart, pair < pairs, i < 2.
+struct PairTile {
+  int32_t first, pairs;
+};
+// Pairs of targets `apart` from each other along D and along H; see dilated_winograd.inc.
+struct WinogradView {
+  int64_t low[2], apart[2];  // target t reads sources t + low + k * apart, k < 3
+  const int32_t* planes;     // first of each pair along D
+  const PairTile* tiles;
+  int64_t plane_pairs, tile_count, most_pairs;  // most pairs of rows in a tile; 0 if not used
+};
+
 struct DilatedArgs {
   Strided source, target;
   const void* weight;              // packed, see pack_weight
@@ -70,12 +82,17 @@ struct DilatedArgs {
   int64_t most_planes;
   RowPlanView h;
   ColumnPlanView w;
+  WinogradView winograd;
   int64_t pitch, plane_pitch, channel_pitch;  // of staged rows, planes and channels
   int64_t in_chunk;                           // channels that are staged at a time
   int64_t sum_vectors;                        // of a tile, what may be written behind included
 
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t units() const { return batch * groups * target_size[0] * h.tile_count; }
+  int64_t units() const {
+    return batch * groups *
+           (winograd.most_pairs > 0 ? winograd.plane_pairs * winograd.tile_count
+                                    : target_size[0] * h.tile_count);
+  }
 };
 
 // grad_weight: x is the source, grad the target. A chunk of the tiles of a group is summed up by
@@ -89,15 +106,19 @@ struct DilatedWeightArgs : DilatedArgs {
   int64_t tasks() const { return groups * chunks * parts; }
 };
 
+// Forward and grad_input: weights are packed by blocks of outputs, then units of work run.
+struct CorrelateKernels {
+  void (*pack_weight)(const DilatedArgs&, const void* weight, bool backwards, int64_t begin,
+                      int64_t end, void* to);
+  size_t (*scratch)(const DilatedArgs&);
+  void (*run)(const DilatedArgs&, int64_t begin, int64_t end, void* scratch);
+};
 // The kernels of one instruction set for one element type.
 struct DilatedKernels {
   int64_t lanes, item_bytes;        // of a vector; of what is summed
   int64_t most_out;                 // outputs that share loads, at most
   int64_t (*vectors)(int64_t out);  // and vectors of each, of so many outputs
-  void (*pack_weight)(const DilatedArgs&, const void* weight, bool backwards, int64_t begin,
-                      int64_t end, void* to);
-  size_t (*correlate_scratch)(const DilatedArgs&);
-  void (*correlate)(const DilatedArgs&, int64_t begin, int64_t end, void* scratch);
+  CorrelateKernels direct, winograd;
   size_t (*grad_weight_scratch)(const DilatedWeightArgs&);
   void (*grad_weight)(const DilatedWeightArgs&, int64_t begin, int64_t end, void* scratch);
 };
@@ -105,7 +126,7 @@ struct DilatedKernels {
 const DilatedKernels& dilated_kernels(Element element);
 
 // Outputs of a group are cut into blocks, as even as can be; of block i the first.
-constexpr int64_t block_count(int64_t out, int64_t most) { return (out + most - 1) / most; }
+constexpr int64_t block_count(int64_t out, int64_t most) { return ceil_div(out, most); }
 constexpr int64_t block_begin(int64_t out, int64_t blocks, int64_t i) { return out * i / blocks; }
 
 }  // namespace voxconv

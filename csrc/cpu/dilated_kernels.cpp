@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "caches.h"
 #include "dilated_args.h"
 
 #define VOXCONV_TARGET_FILE "dilated_kernels.inc"

@@ -44,4 +44,15 @@ class DilatedPlan {
   int64_t pitch_ = 0, most_planes_ = 0, fresh_planes_ = 0;
 };
 
+// Pairs of planes and of rows for Winograd's F(2, 3); see dilated_winograd.inc.
+class WinogradPlan {
+ public:
+  // Changes `a`, which DilatedPlan has filled in, where that takes less time.
+  WinogradPlan(const DilatedShape& shape, Pass pass, const DilatedKernels& kernels, DilatedArgs& a);
+
+ private:
+  std::vector<int32_t> planes_;
+  std::vector<PairTile> tiles_;
+};
+
 }  // namespace voxconv

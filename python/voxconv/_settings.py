@@ -8,12 +8,13 @@ import warnings
 
 # Kernel families, in the order of csrc/cuda/launch.cuh.
 CUDA_WAYS = ("any", "planes", "channels", "lines", "slabs", "weight_lines", "toeplitz", "hankel")
+CPU_WAYS = ("flat", "rows", "channels", "direct", "winograd")  # of csrc/cpu/depthwise_costs.cpp
 CPU_LEVELS = ("x86-64-v4", "x86-64-v3", "baseline")  # from the most a processor can do to the least
 
 # What each may be, as a test and in words.
 _KNOWN = {
     "VOXCONV_CPU_LEVEL": (CPU_LEVELS.__contains__, f"one of {', '.join(CPU_LEVELS)}"),
-    "VOXCONV_CPU_WAY": (("flat", "rows", "channels").__contains__, "one of flat, rows, channels"),
+    "VOXCONV_CPU_WAY": (CPU_WAYS.__contains__, f"one of {', '.join(CPU_WAYS)}"),
     "VOXCONV_CUDA_WAY": (CUDA_WAYS.__contains__, f"one of {', '.join(CUDA_WAYS)}"),
     "VOXCONV_CACHE_MIB": (str.isdecimal, "a whole number of MiB"),
     "VOXCONV_AUTOTUNE": (("0", "1").__contains__, "0 or 1"),
