@@ -103,9 +103,10 @@ class TestByDefault:
             assert len(swapped) == 9
 
     def test_dense_layers_with_a_pass_of_ours(self) -> None:
-        layers = [nn.Conv3d(c, c, 3, padding=4, dilation=4) for c in (5, 64)]
-        report = convert(nn.Sequential(*layers, nn.Conv3d(64, 64, 3)))
-        assert _names(report.swapped) == ["0", "1"]
+        layers = [nn.Conv3d(c, c, (5, 3, 3), padding=4, dilation=4) for c in (5, 64)]
+        layers += [nn.Conv3d(64, 64, (5, 3, 3)), nn.Conv3d(64, 64, 3)]
+        report = convert(nn.Sequential(*layers))
+        assert _names(report.swapped) == ["0", "1", "3"]
         assert report.swapped[0].reason == "cpu, dilated"
         assert report.swapped[1].reason.startswith("cpu, dilated: grad_input and grad_weight,")
         assert "oneDNN" in report.left[0].reason

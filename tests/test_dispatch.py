@@ -306,10 +306,14 @@ DENSE = {
     "one_tap": ((1, 4, 3, 4, 5), (8, 2, 1, 1, 1), {}, ("torch",) * 3),
     "float64": ((1, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"dtype": torch.float64}, ("cpu",) * 3),
     "few_channels": ((1, 30, 64, 64, 64), (30, 30, 3, 3, 3), {}, ("cpu",) * 3),
-    "many": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {}, ("torch",) * 3),
-    "dilated": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"dilation": 2, "padding": 2},
+    "many": ((2, 128, 16, 16, 16), (128, 128, 3, 3, 3), {}, ("cpu", "cpu", "torch")),
+    "more": ((2, 512, 16, 16, 16), (512, 512, 3, 3, 3), {}, ("torch",) * 3),
+    "few_lines": ((1, 320, 8, 8, 8), (320, 320, 3, 3, 3), {}, ("cpu", "cpu", "torch")),
+    "strided": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"stride": (1, 2, 1)}, ("torch",) * 3),
+    "along_w": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 5), {"stride": (1, 1, 2)}, ("cpu",) * 3),
+    "dilated": ((2, 64, 32, 32, 32), (64, 64, 5, 3, 3), {"dilation": 2, "padding": 2},
                 ("torch", "cpu", "cpu")),
-    "causal": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3), {"padding": ((2, 0), (1, 1), (1, 1))},
+    "causal": ((2, 64, 32, 32, 32), (64, 64, 5, 3, 3), {"padding": ((4, 0), (1, 1), (1, 1))},
                ("torch",) * 3),
     "causal_dilated": ((2, 64, 32, 32, 32), (64, 64, 3, 3, 3),
                        {"dilation": 2, "padding": ((4, 0), (2, 2), (2, 2))}, ("cpu",) * 3),
@@ -331,7 +335,7 @@ def test_who_runs_what_is_not_depthwise(name: str) -> None:
 @needs_kernels
 def test_passes_by_torch_and_by_us_make_one_call() -> None:
     case = Case("row", op="dilated", n=2, channels=48, filters=48, size=(4, 5, 6), padding=2,
-                dilation=(2, 2, 2))  # fmt: skip
+                kernel=(2, 3, 3), dilation=(2, 2, 2))  # fmt: skip
     assert_case(case, case.make(), torch.float32, versus_torch=True)
     explained = voxconv.explain(*case.make()[:3], **case.kwargs())
     assert [choice.backend for choice in explained.passes] == ["torch", "cpu", "cpu"]
@@ -418,7 +422,7 @@ def test_fake_tensors_of_a_gpu() -> None:
 @needs_kernels
 def test_no_large_copies_by_torch() -> None:
     """oneDNN brings NCDHW tensors into an order of its own: not those of a large volume."""
-    weight = torch.empty((), dtype=torch.float32).expand(64, 64, 3, 3, 3)
+    weight = torch.empty((), dtype=torch.float32).expand(64, 64, 5, 3, 3)
     cell = torch.empty(())
     small, large = (cell.expand(1, 64, n, n, n) for n in (32, 96))
     assert voxconv.explain(small, weight, padding=1).backend == "torch"

@@ -39,19 +39,21 @@ def _run_tests(files: tuple[str, ...], chosen: str, **settings: str) -> str:
     return _run("-m", "pytest", *quiet, *files, "-k", chosen, **settings)
 
 
-# The last bits of a result are those of the order of its sums.
-PROGRAM = (
-    "import hashlib, torch; from cases import BY_NAME; from testing import on, ours\n"
-    "case = BY_NAME['dw7']\n"
-    "with on('direct'): y = ours(case, *case.make()[:3])\n"
-    "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())"
-)
+def _bits(case: str, path: str, **settings: str) -> str:
+    """A hash of the result; its last bits are those of the order of its sums."""
+    program = (
+        "import hashlib, torch; from cases import BY_NAME; from testing import on, ours\n"
+        f"case = BY_NAME['{case}']\n"
+        f"with on('{path}'): y = ours(case, *case.make()[:3])\n"
+        "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())"
+    )
+    return _run("-c", program, **settings)
 
 
 @several_levels
 def test_the_switch_switches() -> None:
     """Without fused multiply-add, a sum of 343 products has other last bits."""
-    assert _run("-c", PROGRAM, VOXCONV_CPU_LEVEL="baseline") != _run("-c", PROGRAM)
+    assert _bits("dw7", "direct", VOXCONV_CPU_LEVEL="baseline") != _bits("dw7", "direct")
 
 
 @several_levels
@@ -65,11 +67,14 @@ def test_lower_levels(level: str) -> None:
 
 
 WAYS = ("flat", "rows", "channels")
+DILATED_WAYS = ("direct", "winograd")
 
 
 def test_the_ways_differ() -> None:
     """Each adds up its products in an order of its own."""
-    assert len({_run("-c", PROGRAM, VOXCONV_CPU_WAY=way) for way in WAYS}) == len(WAYS)
+    assert len({_bits("dw7", "direct", VOXCONV_CPU_WAY=way) for way in WAYS}) == len(WAYS)
+    bits = {_bits("dense3_c30", "dilated", VOXCONV_CPU_WAY=way) for way in DILATED_WAYS}
+    assert len(bits) == len(DILATED_WAYS)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -78,6 +83,12 @@ def test_ways(way: str) -> None:
     the same once more, by each wherever it can do a pass."""
     files = ("test_properties.py", "test_edges.py")
     assert "passed" in _run_tests(files, "any or field_only", VOXCONV_CPU_WAY=way)
+
+
+@pytest.mark.parametrize("way", DILATED_WAYS)
+def test_dilated_ways(way: str) -> None:
+    chosen = "(test_rows and (float32 or bfloat16)) or reach or same_bits"
+    assert "passed" in _run_tests(("test_dilated.py",), chosen, VOXCONV_CPU_WAY=way)
 
 
 @pytest.mark.parametrize("way", WAYS)

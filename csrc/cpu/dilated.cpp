@@ -58,9 +58,8 @@ void correlate(const DilatedShape& shape, Pass pass, const Tensor& source, const
       });
   a.weight = packed.get();
   const size_t bytes = run.scratch(a);
-  parallel_for(a.units(), 1, [&](int64_t begin, int64_t end) {
-    run.run(a, begin, end, scratch(bytes));
-  });
+  parallel_for(a.units(), 1,
+               [&](int64_t begin, int64_t end) { run.run(a, begin, end, scratch(bytes)); });
 }
 
 Tensor dilated_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

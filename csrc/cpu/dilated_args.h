@@ -56,9 +56,9 @@ struct ColumnPlanView {
   int64_t class_count, segment_count;
 };
 
-// Rows first + (2 * pair + i) * apart, pair < pairs, i < 2.
+// Rows first + 2 * pair * apart, pair < pairs, and, pair < seconds, the ones `apart` behind them.
 struct PairTile {
-  int32_t first, pairs;
+  int32_t first, pairs, seconds;
 };
 // Pairs of targets `apart` from each other along D and along H; see dilated_winograd.inc.
 struct WinogradView {

@@ -3,8 +3,9 @@
 
 A pure function of the problem. torch's oneDNN is near the roof in float32, and past it in halves
 where the processor multiplies them, if channels fill its blocks and tensors are channels_last_3d;
-ours is as near from either layout, skips padding, and has a backward pass for dilations. The bounds
-follow timings of the rows tagged dense_model with AVX-512 (bench/run.py --op dilated times them).
+ours is as near from either layout, skips padding, has a backward pass for dilations, and takes few
+products for 3 taps along D and H (csrc/cpu/dilated_winograd.inc). The bounds follow timings of the
+rows tagged dense_model with AVX2 and AVX-512 (bench/run.py --op dilated times them).
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ MOST_REORDERED = 64 << 20
 # and kernels of so many taps along H and W; that is as quick from so many pairs of channels on.
 FEW_LINES, SHORT_KERNEL, PRODUCT_PAIRS = 20480, 3, 4096
 
+# Pairs of channels up to which ours is quicker at 3 taps along D and H. Beyond, weights do not stay
+# in the caches, and weight gradients are few products for each sum of lanes; so they are in narrow
+# volumes, and in volumes of few cells weights take longer to prepare than to use.
+WINOGRAD_PAIRS = {"forward": 1 << 16, "grad_input": 1 << 16, "grad_weight": 1 << 12}
+WINOGRAD_FEW_LINES_PAIRS = 400**2
+LEAST_CELLS, LEAST_WIDTH = 512, 16
+
 
 def better_by_torch(problem: Problem) -> str | None:
     """Why a pass is better left to torch; None if it is not."""
@@ -65,7 +73,10 @@ def _forward(problem: Problem) -> str | None:
     if not _NATIVE[problem.dtype]:
         return None
     one = batch == 1 and groups == 1 and max(kernel[1:]) <= SHORT_KERNEL
-    if one and channels * d * h <= FEW_LINES:
+    few_lines = one and channels * d * h <= FEW_LINES
+    if _in_pairs(problem) and pairs <= _most_pairs(problem.op, few_lines):
+        return None
+    if few_lines:
         return "one matrix product of columns" if pairs >= PRODUCT_PAIRS else None
     if not problem.channels_last and _reordered_bytes(problem) > MOST_REORDERED:
         return None
@@ -80,6 +91,24 @@ def _forward(problem: Problem) -> str | None:
     if own % BLOCK or (filters // groups) % BLOCK:
         return None
     return "oneDNN is near the roof with channels in blocks of 16"
+
+
+def _in_pairs(problem: Problem) -> bool:
+    """Whether ours takes few products for it: outputs in pairs (csrc/cpu/dilated_winograd.inc)."""
+    kernel, stride, *_ = problem.geometry
+    size = problem.x_shape[2:]
+    return (
+        problem.dtype == torch.float32
+        and not problem.channels_last
+        and kernel[:2] == (3, 3)
+        and stride[:2] == (1, 1)
+        and math.prod(size) >= LEAST_CELLS
+        and (problem.op != "grad_weight" or size[2] >= LEAST_WIDTH)
+    )
+
+
+def _most_pairs(op: str, few_lines: bool) -> int:
+    return WINOGRAD_FEW_LINES_PAIRS if few_lines and op != "grad_weight" else WINOGRAD_PAIRS[op]
 
 
 def _reordered_bytes(problem: Problem) -> int:
