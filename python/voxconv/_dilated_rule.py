@@ -56,16 +56,14 @@ def better_by_torch(problem: Problem) -> str | None:
         # Then it is all of the passes, on a padded copy, or none.
         if max(dilation) > 1 or problem.transposed:
             return None
-        reason = _forward(problem)
+        reason = _reason(problem._replace(op="forward"))
         return reason and f"{reason}, a padded copy included"
-    if problem.op == "forward":
-        return _forward(problem)
-    if max(dilation) > 1:
+    if problem.op != "forward" and max(dilation) > 1:
         return None
-    return _forward(problem)
+    return _reason(problem)
 
 
-def _forward(problem: Problem) -> str | None:
+def _reason(problem: Problem) -> str | None:
     filters, own, *kernel = problem.weight_shape
     batch, channels, d, h, _ = problem.x_shape
     groups = channels // own
