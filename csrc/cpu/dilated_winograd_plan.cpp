@@ -15,7 +15,7 @@ constexpr int64_t kPositions = 16, kMostPairs = 8;
 // weights from beyond the second cache.
 constexpr double kStageClocks = 2, kMixClocks = 4, kAddClocks = 6, kPackClocks = 4,
                  kByteClocks = 0.125;
-constexpr int64_t kMostWeightBytes = 64 << 20;
+constexpr int64_t kMostWeightBytes = 64 << 20, kMostSumBytes = 8 << 20;
 
 // Calls visit(first target, pairs, pairs that have a second target) for tiles of `most` pairs of
 // targets that are `apart` from each other.
@@ -24,7 +24,7 @@ void for_each_tile(int64_t size, int64_t apart, int64_t most, const Visit& visit
   for (int64_t residue = 0; residue < std::min(apart, size); ++residue)
     for (int64_t first = residue; first < size; first += 2 * most * apart) {
       const int64_t pairs = std::min(most, ceil_div(size - first, 2 * apart));
-      visit(first, pairs, std::min(pairs, (ceil_div(size - first, apart)) / 2));
+      visit(first, pairs, std::min(pairs, ceil_div(size - first, apart) / 2));
     }
 }
 
@@ -71,7 +71,8 @@ WinogradPlan::WinogradPlan(const DilatedShape& shape, Pass pass, const DilatedKe
   if (asked == Way::winograd) least = HUGE_VAL;
   const int64_t vectors = kernels.vectors(ceil_div(a.out, block_count(a.out, kernels.most_out)));
   const double room = double(caches().second_bytes) / 2 / double(kernels.item_bytes);
-  for (int64_t pairs = 1; pairs <= kMostPairs; ++pairs) {
+  const int64_t sums = 4 * a.out * columns * kernels.lanes * kernels.item_bytes;
+  for (int64_t pairs = 1; pairs <= kMostPairs && pairs * sums <= kMostSumBytes; ++pairs) {
     const int64_t channel = odd_lines(pairs * a.pitch, kLineBytes / kernels.item_bytes);
     const auto fits = static_cast<int64_t>(room / double(kPositions * channel));
     int64_t chunk = std::clamp<int64_t>(fits, std::min<int64_t>(a.in, 8), a.in);
